@@ -1,0 +1,27 @@
+# Two commands: `make demo` and `make test`. `make VENV=DIR ...` uses another environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint install
+.DEFAULT_GOAL := demo
+
+demo: install
+	"$(BIN)/python" -m panda_lightning fit --config conf/digits.yaml
+
+test: install lint
+	"$(BIN)/python" -m pytest
+
+lint: install
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+
+install: $(VENV)/.installed
+
+# Again only when the dependencies change; the package itself is installed editable.
+$(VENV)/.installed: setup.cfg pyproject.toml
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --upgrade pip
+	"$(BIN)/python" -m pip install --progress-bar off -e ".[test]"
+	touch "$@"

@@ -1,0 +1,28 @@
+"""PANDA and its family: image anomaly detection with adapted pretrained features, on PyTorch Lightning.
+
+Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) known to the command line.
+"""
+
+from panda_lightning.backbones import Backbone
+from panda_lightning.datamodules import CIFAR10, AnomalyDataModule, Digits, ImageFolder
+from panda_lightning.detectors import DN2, PANDA, Detector
+from panda_lightning.knn import KNNIndex
+from panda_lightning.loggers import AutoWandbLogger
+from panda_lightning.metrics import auroc
+from panda_lightning.types import Batch, PandaError
+
+__all__ = [
+    "CIFAR10",
+    "DN2",
+    "PANDA",
+    "AnomalyDataModule",
+    "AutoWandbLogger",
+    "Backbone",
+    "Batch",
+    "Detector",
+    "Digits",
+    "ImageFolder",
+    "KNNIndex",
+    "PandaError",
+    "auroc",
+]

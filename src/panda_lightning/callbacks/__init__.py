@@ -1,0 +1,8 @@
+"""One job a file."""
+
+from panda_lightning.callbacks.health import Health
+from panda_lightning.callbacks.media import Media
+from panda_lightning.callbacks.rebuild_index import RebuildIndex
+from panda_lightning.callbacks.report import Report
+
+__all__ = ["Health", "Media", "RebuildIndex", "Report"]

@@ -1,0 +1,75 @@
+"""The command line: ``lightning fit | validate | test | predict --config conf/X.yaml``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import ArgsType, LightningCLI
+from typing_extensions import override
+
+from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.detectors import Detector
+from panda_lightning.types import PandaError
+
+
+class PandaCLI(LightningCLI):
+    """Lightning's command line, except that a checkpoint brings its network and must agree with the flags."""
+
+    @override
+    def parse_arguments(self, parser: Any, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        path = self._ckpt_path
+        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).is_file():
+            raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
+        self.asked = self.config.clone()
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # Lightning has by now laid the checkpoint's hyper-parameters over the configuration.
+        words = sys.argv[1:] if self.args is None else self.args
+        for word in words if isinstance(words, list) else []:
+            key = word.split("=")[0].removeprefix("--")
+            if not key.startswith("model."):
+                continue
+            key = f"{self.config.subcommand}.model.init_args.{key.split('.')[-1]}"
+            asked, loaded = self.asked.get(key), self.config.get(key)
+            if asked != loaded:
+                raise PandaError(
+                    f"{word.split('=')[0]} asks for {asked}, but the checkpoint was made with {loaded}: leave the flag out, "
+                    "or train anew."
+                )
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        path = self._ckpt_path
+        if path and Path(path).is_file():  # so that the source of its pretrained weights is not needed
+            self.model.on_load_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+    @property
+    def _ckpt_path(self) -> str | None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        return None if path is None else str(path)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Words in place of sys.argv, for Python and tests.
+    """
+    PandaCLI.args = args
+    try:
+        PandaCLI(
+            Detector,
+            AnomalyDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_defaults={"num_sanity_val_steps": 0},
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except PandaError as error:
+        sys.exit(f"error: {error}")

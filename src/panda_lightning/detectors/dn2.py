@@ -1,0 +1,136 @@
+"""DN2: nearest neighbours in pretrained features."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from panda_lightning.backbones import Backbone
+from panda_lightning.callbacks import RebuildIndex
+from panda_lightning.detectors.base import Detector
+from panda_lightning.features import extract
+from panda_lightning.knn import Backend, KNNIndex
+from panda_lightning.types import Batch, PandaError
+
+
+class DN2(Detector):
+    r"""Distance to the nearest normal images in the feature space of a pretrained network.
+
+    .. math:: s(x) = \sum_{i=1}^{k} \lVert f(x) - f_i \rVert^2, \quad f_i \text{ the k nearest of the bank}
+
+    The bank holds the features of all normal training images. Nothing is trained: ``lightning test`` builds the bank,
+    scores the test images and saves ``last.ckpt``. (Bergman, Cohen, Hoshen 2020; "DN2" in PANDA section 3.1.)
+
+    Args:
+        backbone: A timm name (``resnet152.tv_in1k``), ``local-dir:PATH``, ``hf-hub:ID``, ``panda_tiny`` (bundled), or a
+            checkpoint file of this project.
+        weights: A file with weights for the named architecture, in place of timm's.
+        k: Neighbours to sum over.
+        normalize: L2-normalise features before distances are taken; often helps, above all on blurred or small images.
+        index_backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU.
+        index_memory_mb: Memory a chunk of the search may take, in MiB.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet152.tv_in1k",
+        weights: str | None = None,
+        k: int = 2,
+        normalize: bool = False,
+        index_backend: Backend = "auto",
+        index_memory_mb: int = 512,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if k < 1:
+            raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
+        self.backbone_name = backbone
+        self.weights = weights
+        self.adapt_stages = 0
+        self.k = k
+        self.normalize = normalize
+        self.index = KNNIndex(index_backend, index_memory_mb)
+        self.bank: Tensor | None = None  # (N, D) float32, as the network gives them
+        self.bank_step = -1  # steps_trained when it was made
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Features (B, D) of a batch of images."""
+        features: Tensor = self.backbone(batch["image"])
+        return features.float()
+
+    def scoring_space(self, features: Tensor) -> Tensor:
+        """Features (N, D) as distances for scores are taken between them."""
+        return F.normalize(features, dim=1) if self.normalize else features
+
+    @override
+    def anomaly_score(self, batch: Batch) -> Tensor:
+        distances, _ = self.index.search(self.scoring_space(self.embed(batch)), self.k)
+        return distances.sum(dim=1)
+
+    def rebuild_bank(self) -> None:
+        """Extract the features of all normal training images with the weights of this moment."""
+        loader = self.trainer.datamodule.normal_dataloader()
+        self.bank = extract(self.trainer, self.embed, loader, "Normal features")
+        self.bank_step = self.steps_trained
+
+    @property
+    def bank_is_fresh(self) -> bool:
+        """Whether the bank was made with the weights in use."""
+        return self.bank is not None and self.bank_step == self.steps_trained
+
+    def fit_index(self) -> int:
+        """Make the bank searchable on this device; returns its size."""
+        assert self.bank is not None
+        self.index.fit(self.scoring_space(self.bank.to(self.device)))
+        return len(self.bank)
+
+    # ---- the run -------------------------------------------------------------------------------------------
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        callbacks = [RebuildIndex(), *super().configure_callbacks()]
+        if not hasattr(self, "backbone"):
+            self.load_backbone()
+        return callbacks
+
+    def load_backbone(self) -> None:
+        """Load the pretrained network; without network or files this fails before any work has begun.
+
+        A run does it by itself, unless the network has come from a checkpoint.
+        """
+        self.backbone = Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages)
+
+    @override
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if not hasattr(data, "normal_dataloader"):
+            raise PandaError(
+                f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images in "
+                f"order; got {type(data).__name__}. ImageFolder serves any folder of images."
+            )
+        if hasattr(self, "backbone") and data.image_size < self.backbone.stride:
+            raise PandaError(
+                f"image_size={data.image_size} is smaller than the stride of {self.backbone.architecture}: "
+                f"choose {self.backbone.stride} or more."
+            )
+        if stage == "fit" and self.k > (size := len(data.normal_images)):
+            raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+
+    # ---- checkpoints: plain tensors, so that neither images nor the weights' source are needed again -------------
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["backbone"] = self.backbone.config
+        checkpoint["bank"] = None if self.bank is None else self.bank.cpu()
+        checkpoint["bank_step"] = self.bank_step
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if not hasattr(self, "backbone"):
+            self.backbone = Backbone.from_config(checkpoint["backbone"], self.adapt_stages)
+        self.bank, self.bank_step = checkpoint["bank"], checkpoint["bank_step"]

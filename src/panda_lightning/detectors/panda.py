@@ -1,0 +1,163 @@
+"""PANDA: pretrained features adapted to the normal images, without collapse."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
+
+from panda_lightning import fisher, losses
+from panda_lightning.detectors.dn2 import DN2
+from panda_lightning.knn import Backend
+from panda_lightning.types import Batch, PandaError
+
+
+class PANDA(DN2):
+    r"""DN2 on features adapted to the normal images (Reiss, Cohen, Bergman, Hoshen, CVPR 2021, arXiv 2010.05903).
+
+    .. math:: L = \frac1B \sum_x \frac{\lVert f(x) - c \rVert^2}{D}
+              + \frac{\lambda}{2} \sum_i F_i (\theta_i - \theta^0_i)^2
+
+    c is the mean of the pretrained features of the normal training images and stays constant; F is the Fisher-information
+    diagonal of the pretraining task. Three published forms are settings: Early is ``ewc_weight=0`` with few epochs,
+    EWC is the default, SES is a callback. After every epoch the bank is extracted anew. The constructor's defaults are
+    the published recipe (section 4 there; batch 32, an option of the data).
+
+    Args:
+        backbone: See DN2.
+        weights: See DN2.
+        adapt_stages: The last stages to adapt; 2 is layer3 and layer4 of a ResNet.
+        k: See DN2.
+        normalize: See DN2: L2-normalise features for scoring.
+        normalize_loss: L2-normalise features for the centre and the compactness loss too.
+        ewc_weight: Lambda; 0 turns EWC off. It means something only together with how ``fisher`` was estimated.
+        fisher: FILE (safetensors or .pth by plain parameter names), ``auto`` (estimated on the normal training images,
+            labels drawn from the pretrained classifier; kept on disk), or ``ones`` (L2 towards the start weights).
+        lr: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        grad_clip: Global gradient norm to clip to at every step. It is small: steps are nearly scale-free.
+        index_backend: See DN2.
+        index_memory_mb: See DN2.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet152.tv_in1k",
+        weights: str | None = None,
+        adapt_stages: int = 2,
+        k: int = 2,
+        normalize: bool = False,
+        normalize_loss: bool = False,
+        ewc_weight: float = 1e4,
+        fisher: str = "auto",
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-5,
+        grad_clip: float = 1e-3,
+        index_backend: Backend = "auto",
+        index_memory_mb: int = 512,
+    ) -> None:
+        super().__init__(backbone, weights, k, normalize, index_backend, index_memory_mb)
+        if adapt_stages < 1:
+            raise PandaError("adapt_stages=0 leaves nothing to adapt: choose 1 or more, or use DN2.")
+        if ewc_weight < 0:
+            raise PandaError(f"ewc_weight={ewc_weight} would push weights away from their start: choose 0 or more.")
+        self.adapt_stages = adapt_stages
+        self.normalize_loss = normalize_loss
+        self.ewc_weight = ewc_weight
+        self.fisher_source = fisher
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.grad_clip = grad_clip
+        self.centre: Tensor | None = None  # (D,)
+        self.start: dict[str, Tensor] = {}  # adapted parameters before training, by plain timm name
+        self.fisher: dict[str, Tensor] = {}
+
+    @property
+    @override
+    def method(self) -> str:
+        return "PANDA-EWC" if self.ewc_weight else "PANDA-Early"
+
+    def loss_space(self, features: Tensor) -> Tensor:
+        """Features (N, D) as centre and compactness loss see them."""
+        return F.normalize(features, dim=1) if self.normalize_loss else features
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.centre is not None
+        features = self.loss_space(self.embed(batch))
+        compactness = self.batch_mean(losses.compactness(features, self.centre), batch)
+        loss, terms = compactness, {"train/compactness": compactness}
+        if self.ewc_weight:
+            adapted = self.backbone.adapted()
+            ewc = losses.ewc(list(adapted.values()), *([d[n] for n in adapted] for d in (self.start, self.fisher)))
+            loss = compactness + self.ewc_weight * ewc
+            terms["train/ewc"] = self.ewc_weight * ewc
+        self.log_dict(terms, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(features))
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
+        return loss
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        adapted = self.backbone.adapted().values()
+        return SGD(adapted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.adapted().values(), self.grad_clip)
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+
+    @override
+    def on_train_start(self) -> None:
+        """Remember where training starts: centre, weights, Fisher. A resumed run has them from its checkpoint."""
+        super().on_train_start()
+        if self.centre is None:
+            if not self.bank_is_fresh:  # validation, which makes it, was switched off
+                self.rebuild_bank()
+            assert self.bank is not None
+            self.centre = self.loss_space(self.bank).mean(dim=0)
+            self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
+            self.fisher = self._load_fisher() if self.ewc_weight else {}
+        self.centre = self.centre.to(self.device)
+        self.start = {name: t.to(self.device) for name, t in self.start.items()}
+        self.fisher = {name: t.to(self.device) for name, t in self.fisher.items()}
+
+    def _load_fisher(self) -> fisher.Diagonal:
+        if self.fisher_source == "ones":
+            return fisher.ones(self.backbone)
+        if self.fisher_source != "auto":
+            return fisher.load(self.fisher_source, self.backbone)
+        loader = self.trainer.datamodule.normal_dataloader()
+        path = self.trainer.strategy.broadcast(fisher.cache_path(self.backbone, loader))
+        rank_zero_info(
+            "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
+            f"the paper takes ImageNet and its labels. Kept in {path}"
+        )
+        if not self.trainer.strategy.broadcast(path.is_file()):
+            diagonal = fisher.estimate(self.backbone, loader, self.trainer.strategy.batch_to_device)
+            if self.trainer.is_global_zero:
+                fisher.save(diagonal, path, {"estimator": "per-sample, drawn labels"})
+            self.trainer.strategy.barrier()
+        return fisher.load(str(path), self.backbone)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["centre"] = None if self.centre is None else self.centre.cpu()
+        checkpoint["start"] = {name: t.cpu() for name, t in self.start.items()}
+        checkpoint["fisher"] = {name: t.cpu() for name, t in self.fisher.items()}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.centre, self.start, self.fisher = (checkpoint[key] for key in ("centre", "start", "fisher"))

@@ -1,0 +1,78 @@
+"""Features of every image of a loader, merged over processes, in the order of the data set."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor
+
+from panda_lightning.types import Batch
+
+
+@torch.no_grad()
+def extract(
+    trainer: pl.Trainer, embed: Callable[[Batch], Tensor], loader: Iterable[Batch], title: str
+) -> Tensor:
+    """Embed every image of a data set once, each process its share.
+
+    Args:
+        trainer: Gives device, precision and progress bar.
+        embed: Batch -> (B, D) features.
+        loader: Batches of this process; together the processes hold every index of the data set.
+        title: What the progress bar says.
+
+    Returns:
+        (N, D) float32 on the trainer's device, row i for index i, the same on every process.
+    """
+    bar = trainer.progress_bar_callback
+    silent = bar is None or bar.is_disabled or not trainer.is_global_zero
+    parts = []
+    with trainer.precision_plugin.forward_context():
+        for batch in track(loader, title, transient=True, disable=silent):
+            batch = trainer.strategy.batch_to_device(batch)
+            parts.append((batch["index"], embed(batch).float()))
+    _, features = gather(parts)
+    return features
+
+
+def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Merge rows over batches and processes, in the order of their index, every index once.
+
+    Args:
+        parts: For each batch (index (B,), values (B, ...), ...); rows of index -1 are dropped. Processes may hold
+            different numbers of rows, or none.
+
+    Returns:
+        (index (N,), values (N, ...), ...), the same on every process.
+    """
+    columns: tuple[Tensor, ...] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        columns = _all_gather(columns)
+    index = columns[0]
+    order = torch.argsort(index, stable=True)
+    index = index[order]
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    keep = order[first & (index >= 0)]
+    return tuple(column[keep] for column in columns)
+
+
+def _all_gather(columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rows of all processes, whatever number each has; a process without rows learns their form from the others."""
+    forms: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(forms, [(len(c), tuple(c.shape[1:]), c.dtype) for c in columns])
+    full = next(form for form in forms if form)
+    counts = [form[0][0] if form else 0 for form in forms]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    gathered = []
+    for i, (_, shape, dtype) in enumerate(full):
+        mine = columns[i] if columns else torch.empty((0, *shape), dtype=dtype)
+        padded = torch.zeros((max(counts), *shape), dtype=dtype, device=device)
+        padded[: len(mine)] = mine
+        everyone = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(everyone, padded)
+        gathered.append(torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)]))
+    return tuple(gathered)

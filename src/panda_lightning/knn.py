@@ -1,0 +1,140 @@
+"""Exact nearest neighbours: the feature bank and its search."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, Self
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from panda_lightning.types import PandaError
+
+Backend = Literal["auto", "torch", "faiss"]
+
+
+class KNNIndex:
+    """Exact k-nearest-neighbour search by squared Euclidean distance, in float32 whatever the features' type.
+
+    The matrix-product form |q|^2 - 2 q.b + |b|^2 is fast but cancels digits, so it only names candidates, a few more
+    than k, after the bank's mean is subtracted from both sides; the distances returned are computed by differences.
+
+    Args:
+        backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU where it is installed.
+        memory_mb: Roughly the memory that one chunk of a search may take, in MiB.
+    """
+
+    EXTRA = 8  # candidates beyond k, so that rounding in the matrix product drops no neighbour
+
+    def __init__(self, backend: Backend = "auto", memory_mb: int = 512) -> None:
+        self.backend = backend
+        self.memory_mb = memory_mb
+        self._bank: Tensor | None = None
+
+    def fit(self, bank: Tensor) -> Self:
+        """Take the bank, on the device where it lies.
+
+        Args:
+            bank: (N, D) features.
+        """
+        if bank.ndim != 2 or not len(bank):
+            raise PandaError(f"a bank of shape {tuple(bank.shape)} cannot be searched: give (N, D) with N > 0.")
+        self._faiss = _use_faiss(self.backend, bank.device)
+        bank = bank.detach().float()
+        self._mean = bank.mean(dim=0)
+        self._bank = (bank - self._mean).contiguous()
+        self._norms = self._bank.square().sum(dim=1)
+        return self
+
+    def __len__(self) -> int:
+        return 0 if self._bank is None else len(self._bank)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the k nearest rows of the bank.
+
+        Args:
+            queries: (B, D), on the bank's device.
+            k: How many neighbours, at most the size of the bank.
+
+        Returns:
+            Squared L2 distances (B, k), ascending, and the rows' numbers (B, k).
+
+        Raises:
+            PandaError: If k does not fit the bank.
+        """
+        assert self._bank is not None, "fit comes before search"
+        if not 1 <= k <= len(self._bank):
+            raise PandaError(
+                f"k={k} neighbours cannot be found in a bank of {len(self._bank)} normal images: "
+                f"choose 1 to {len(self._bank)}."
+            )
+        count = min(k + self.EXTRA, len(self._bank))
+        # a row of a chunk holds its products with the bank and its candidates' differences
+        row_bytes = 4 * (2 * len(self._bank) + 2 * count * self._bank.shape[1])
+        rows = max(1, self.memory_mb * 2**20 // row_bytes)
+        distances, neighbours = [], []
+        with _full_float32(self._bank.device):
+            for chunk in (queries.detach().float() - self._mean).split(rows):
+                near = self._candidates(chunk, count)
+                exact = (chunk.unsqueeze(1) - self._bank[near]).square().sum(dim=2)
+                distance, order = exact.topk(k, largest=False, sorted=True)
+                distances.append(distance)
+                neighbours.append(near.gather(1, order))
+        if not distances:
+            return queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long)
+        return torch.cat(distances), torch.cat(neighbours)
+
+    def _candidates(self, queries: Tensor, count: int) -> Tensor:
+        """Numbers of the ``count`` rows nearest to each query by the matrix-product form, (B, count)."""
+        assert self._bank is not None
+        if self._faiss:
+            import faiss
+            import faiss.contrib.torch_utils
+
+            if self._bank.is_cuda:
+                _, near = faiss.knn_gpu(_gpu_resources(), queries, self._bank, count)
+                return torch.as_tensor(near)
+            _, rows = faiss.knn(queries.numpy(), self._bank.numpy(), count)
+            return torch.from_numpy(rows)
+        products = torch.addmm(self._norms, queries, self._bank.T, alpha=-2)
+        return products.topk(count, largest=False, sorted=False).indices
+
+
+def _use_faiss(backend: Backend, device: torch.device) -> bool:
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return False
+    if find_spec("faiss") is not None:
+        return True
+    if backend == "auto":
+        _say_once("faiss is not installed: the kNN search runs in torch.")
+        return False
+    raise PandaError("index_backend=faiss, but faiss is not installed: install it, or choose torch or auto.")
+
+
+@cache
+def _say_once(line: str) -> None:
+    rank_zero_info(line)
+
+
+@cache
+def _gpu_resources() -> Any:
+    """One faiss resources object a process: each holds GPU memory for good."""
+    import faiss
+
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(256 * 2**20)
+    return resources
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Neither TF32 nor autocast: half-precision products would name wrong candidates."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,72 @@
+"""A W&B logger that never asks: without credentials it works offline."""
+
+import netrc
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import DummyLogger, rank_zero_experiment
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+
+class AutoWandbLogger(WandbLogger):
+    """Lightning's WandbLogger, offline exactly when no credentials are found and no mode was set.
+
+    Without the wandb package it logs nothing and says so; when W&B's service is away the run is kept offline, for
+    ``wandb sync`` later.
+
+    Args:
+        save_dir: Where the folder ``wandb`` goes.
+        project: W&B's project.
+        kwargs: See WandbLogger and wandb.init.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if find_spec("wandb") is None:
+            rank_zero_info("wandb is not installed: this run is logged to CSV only.")
+            return DummyLogger()
+        return super().__new__(cls)
+
+    def __init__(self, save_dir: str = "runs", project: str = "panda-lightning", **kwargs: Any) -> None:
+        if "WANDB_MODE" not in os.environ and not kwargs.get("offline") and not _has_credentials():
+            kwargs.setdefault("mode", "offline")
+        super().__init__(save_dir=save_dir, project=project, **kwargs)
+
+    def describe(self, group: str, job_type: str, config: dict[str, Any]) -> None:
+        """Say what runs are compared by; what the user has set stays."""
+        for key, value in {"group": group, "job_type": job_type, "config": config}.items():
+            self._wandb_init.setdefault(key, value)
+
+    @property
+    @rank_zero_experiment
+    @override
+    def experiment(self) -> Any:
+        from wandb.errors import Error
+
+        Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
+        try:
+            run = super().experiment
+        except Error as error:
+            rank_zero_warn(f"W&B cannot be reached ({error}): this run is kept offline.")
+            self._wandb_init["mode"] = "offline"
+            run = super().experiment
+        for metrics in ("val/*", "train/*", "test/*", "bank/*"):
+            run.define_metric(metrics, step_metric="epochs_trained")
+        return run
+
+
+def _has_credentials() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in (os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(Path(path).expanduser()).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

@@ -1,0 +1,22 @@
+"""What a batch is, and the error that is meant for the person at the terminal."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict):
+    """Images of one step, the only thing data modules and detectors share.
+
+    Shapes: image (B, 3, H, W) uint8, resized but not normalised; label (B,) int64, 1 = anomalous; index (B,)
+    int64, the image's place in its data set, or -1 for a repeat that only fills up a distributed batch and
+    counts for nothing.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class PandaError(ValueError):
+    """A mistake the user can mend; the command line prints its one sentence without a traceback."""

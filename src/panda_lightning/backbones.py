@@ -109,9 +109,7 @@ class Backbone(nn.Module):
                 architecture, model_args = _architecture(source)
                 if architecture.startswith(("vit_", "deit", "flexivit")):
                     model_args["dynamic_img_size"] = True  # any image size: the position embedding is resampled
-                model = timm.create_model(
-                    source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args
-                )
+                model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
             raise PandaError(_no_weights(name, error)) from error
         return cls(model, adapt_stages, model_args)

@@ -1,6 +1,8 @@
 """The command line: ``lightning fit | validate | test | predict --config conf/X.yaml``."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ class PandaCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
+        self.words = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
         path = self._ckpt_path
         if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).is_file():
             raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
@@ -27,8 +30,7 @@ class PandaCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         # Lightning has by now laid the checkpoint's hyper-parameters over the configuration.
-        words = sys.argv[1:] if self.args is None else self.args
-        for word in words if isinstance(words, list) else []:
+        for word in self.words:
             key = word.split("=")[0].removeprefix("--")
             if not key.startswith("model."):
                 continue
@@ -36,8 +38,8 @@ class PandaCLI(LightningCLI):
             asked, loaded = self.asked.get(key), self.config.get(key)
             if asked != loaded:
                 raise PandaError(
-                    f"{word.split('=')[0]} asks for {asked}, but the checkpoint was made with {loaded}: leave the flag out, "
-                    "or train anew."
+                    f"{word.split('=')[0]} asks for {asked}, but the checkpoint was made with {loaded}: leave the "
+                    "flag out, or train anew."
                 )
 
     @override
@@ -58,7 +60,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Words in place of sys.argv, for Python and tests.
     """
-    PandaCLI.args = args
+    _silence()
     try:
         PandaCLI(
             Detector,
@@ -73,3 +75,17 @@ def main(args: ArgsType = None) -> None:
         )
     except PandaError as error:
         sys.exit(f"error: {error}")
+
+
+def _silence() -> None:
+    """Leave out what is not meant for our users: an advertisement, and warnings about what we do on purpose."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    for message in (
+        ".*in eval mode at the start of training.*",  # BatchNorm keeps its pretrained statistics
+        ".*does not have many workers.*",  # decoded images lie in memory
+        ".*smaller than the logging interval.*",  # everything is logged by epoch
+        ".*LeafSpec.*",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -13,9 +13,7 @@ from panda_lightning.types import Batch
 
 
 @torch.no_grad()
-def extract(
-    trainer: pl.Trainer, embed: Callable[[Batch], Tensor], loader: Iterable[Batch], title: str
-) -> Tensor:
+def extract(trainer: pl.Trainer, embed: Callable[[Batch], Tensor], loader: Iterable[Batch], title: str) -> Tensor:
     """Embed every image of a data set once, each process its share.
 
     Args:
@@ -27,7 +25,7 @@ def extract(
     Returns:
         (N, D) float32 on the trainer's device, row i for index i, the same on every process.
     """
-    bar = trainer.progress_bar_callback
+    bar: Any = trainer.progress_bar_callback
     silent = bar is None or bar.is_disabled or not trainer.is_global_zero
     parts = []
     with trainer.precision_plugin.forward_context():

@@ -73,7 +73,7 @@ def estimate(
             hidden = backbone.prefix(batch["image"][real])
             probabilities = backbone.logits(hidden).float().softmax(dim=1)
         labels = _draw(probabilities, batch["index"][real], seed)
-        for some_hidden, some_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        for some_hidden, some_labels in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True):
             for name, gradient in per_sample(params, some_hidden, some_labels).items():
                 total[name] += gradient.square().sum(dim=0)
         count += real.sum()

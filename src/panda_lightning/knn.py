@@ -76,7 +76,7 @@ class KNNIndex:
         rows = max(1, self.memory_mb * 2**20 // row_bytes)
         distances, neighbours = [], []
         with _full_float32(self._bank.device):
-            for chunk in (queries.detach().float() - self._mean).split(rows):
+            for chunk in torch.split(queries.detach().float() - self._mean, rows):
                 near = self._candidates(chunk, count)
                 exact = (chunk.unsqueeze(1) - self._bank[near]).square().sum(dim=2)
                 distance, order = exact.topk(k, largest=False, sorted=True)

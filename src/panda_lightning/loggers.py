@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.loggers.logger import DummyLogger, rank_zero_experiment
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -26,6 +27,7 @@ class AutoWandbLogger(WandbLogger):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Stand aside where the package is absent."""
         if find_spec("wandb") is None:
             rank_zero_info("wandb is not installed: this run is logged to CSV only.")
             return DummyLogger()
@@ -35,6 +37,7 @@ class AutoWandbLogger(WandbLogger):
         if "WANDB_MODE" not in os.environ and not kwargs.get("offline") and not _has_credentials():
             kwargs.setdefault("mode", "offline")
         super().__init__(save_dir=save_dir, project=project, **kwargs)
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it even when it is not set
 
     def describe(self, group: str, job_type: str, config: dict[str, Any]) -> None:
         """Say what runs are compared by; what the user has set stays."""

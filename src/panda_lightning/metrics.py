@@ -36,8 +36,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     negatives = len(labels) - positives
     if not positives or not negatives:
         return float("nan")
-    _, group, size = scores.unique(sorted=True, return_inverse=True, return_counts=True)
+    _, group, size = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
     size = size.double()
     mean_rank = size.cumsum(0) - (size - 1) / 2  # of each group of equal scores, counted from 1
-    rank_sum = mean_rank[group[labels]].sum().item()
+    rank_sum = float(mean_rank[group[labels]].sum())
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)

@@ -1,5 +1,6 @@
 """What a batch is, and the error that is meant for the person at the terminal."""
 
+from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
@@ -16,6 +17,21 @@ class Batch(TypedDict):
     image: Tensor
     label: Tensor
     index: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a whole data set, on the CPU.
+
+    Attributes:
+        index: (N,), ascending.
+        score: (N,), higher is more anomalous.
+        label: (N,), 1 = anomalous.
+    """
+
+    index: Tensor
+    score: Tensor
+    label: Tensor
 
 
 class PandaError(ValueError):

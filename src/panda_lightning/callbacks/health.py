@@ -23,7 +23,7 @@ class Health(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach()
         if self._first_bad is None:
@@ -34,21 +34,21 @@ class Health(pl.Callback):
             self._check(trainer)
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
         if self._first_bad is None or int(self._first_bad) < 0:
             return
-        path = trainer.checkpoint_callback and getattr(trainer.checkpoint_callback, "last_model_path", "")
-        path = path or (trainer.checkpoint_callback and getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        saved: Any = trainer.checkpoint_callback
+        path = getattr(saved, "last_model_path", "") or getattr(saved, "best_model_path", "")
         raise PandaError(
             f"the loss became NaN or infinite at batch {int(self._first_bad)} of epoch {trainer.current_epoch}: lower "
             f"lr or grad_clip, or use float32. {f'The last good checkpoint is {path}.' if path else 'None was saved.'}"
         )
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         scores = pl_module.scores
         if scores is not None and len(scores.score) > 1 and bool((scores.score == scores.score[0]).all()):
             rank_zero_warn("Every image has the same anomaly score: the features have collapsed to a point.")

@@ -18,48 +18,52 @@ class Media(pl.Callback):
     IMAGES = 8  # of each kind
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self._histogram(trainer, pl_module)
         if trainer.state.fn == "validate":
             self._curve_and_images(trainer, pl_module, trainer.val_dataloaders)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._curve_and_images(trainer, pl_module, trainer.val_dataloaders)
 
     @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._histogram(trainer, pl_module)
         self._curve_and_images(trainer, pl_module, trainer.test_dataloaders)
 
     @rank_zero_only
-    def _histogram(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _histogram(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for run in _runs(trainer):
             import wandb
 
-            scores, labels = (pl_module.scores[i].numpy() for i in (1, 2))
+            scores, labels = pl_module.scores.score.numpy(), pl_module.scores.label.numpy()
             parts = {"normal": scores[labels == 0], "anomalous": scores[labels == 1]}
             histograms = {f"scores/{name}": wandb.Histogram(part) for name, part in parts.items() if len(part)}
             run.log({**histograms, "epochs_trained": pl_module.epochs_trained})
 
     @rank_zero_only
-    def _curve_and_images(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any) -> None:
+    def _curve_and_images(self, trainer: pl.Trainer, pl_module: Any, loader: Any) -> None:
         for run in _runs(trainer):
             import wandb
             from sklearn.metrics import roc_curve
 
             if pl_module.scores is None:
                 return
-            index, scores, labels = (column.numpy() for column in pl_module.scores)
+            found = pl_module.scores
+            index, scores, labels = found.index.numpy(), found.score.numpy(), found.label.numpy()
             media: dict[str, Any] = {"epochs_trained": pl_module.epochs_trained}
             if 0 < labels.sum() < len(labels):
                 points = np.stack(roc_curve(labels, scores)[:2], axis=1)
                 points = points[np.linspace(0, len(points) - 1, min(len(points), 200)).round().astype(int)]
                 table = wandb.Table(columns=["false positive rate", "true positive rate"], data=points.tolist())
-                media["roc"] = wandb.plot.line(table, *table.columns, title="ROC")
+                media["roc"] = wandb.plot.line(table, "false positive rate", "true positive rate", title="ROC")
             order = scores.argsort(kind="stable")
-            for name, chosen in (("least_anomalous", order[: self.IMAGES]), ("most_anomalous", order[::-1][: self.IMAGES])):
+            for name, chosen in (
+                ("least_anomalous", order[: self.IMAGES]),
+                ("most_anomalous", order[::-1][: self.IMAGES]),
+            ):
                 pixels = loader.dataset.__getitems__(index[chosen].tolist())["image"].permute(0, 2, 3, 1).numpy()
                 captions = [f"{'anomalous' if labels[i] else 'normal'}, score {scores[i]:.4g}" for i in chosen]
                 media[f"images/{name}"] = [wandb.Image(p, caption=c) for p, c in zip(pixels, captions, strict=True)]

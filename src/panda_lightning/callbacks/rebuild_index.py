@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -12,63 +12,49 @@ from typing_extensions import override
 from panda_lightning.types import PandaError
 
 
-class HasBank(Protocol):
-    """What this callback needs of a detector."""
-
-    steps_trained: int
-
-    @property
-    def bank_is_fresh(self) -> bool:
-        """Whether the bank was made with the weights in use."""
-
-    def rebuild_bank(self) -> None:
-        """Extract the features of all normal training images."""
-
-    def fit_index(self) -> int:
-        """Make the bank searchable; returns its size."""
-
-
 class RebuildIndex(pl.Callback):
     """Rebuilds bank and index before each validation of ``fit``, and where a checkpoint has none for its weights.
 
     Before the first training step it also runs one whole validation: that is DN2, the untrained network, at
     ``epochs_trained`` = 0. (Lightning drops the metrics of its own sanity check.)
+
+    A detector that uses it has ``steps_trained``, ``bank_is_fresh``, ``rebuild_bank()`` and ``fit_index()``: see DN2.
     """
 
     def __init__(self) -> None:
         self._save_to: Path | None = None
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0 and trainer.enable_validation:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
     @override
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         start = time.perf_counter()
         size = self._prepare(pl_module)
         values = {"bank/size": float(size), "bank/seconds": time.perf_counter() - start}
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, rank_zero_only=True)
 
     @override
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.ckpt_path is None and trainer.log_dir:  # a bank made here would be lost otherwise
             self._save_to = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
         self._prepare(pl_module)
 
     @override
-    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._prepare(pl_module)
 
     @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._save_to is not None:
             trainer.save_checkpoint(self._save_to, weights_only=True)
             rank_zero_info(f"Network and bank saved in {self._save_to}")
 
-    def _prepare(self, detector: HasBank) -> int:
+    def _prepare(self, detector: Any) -> int:
         if not detector.bank_is_fresh:
             try:
                 detector.rebuild_bank()
@@ -79,4 +65,4 @@ class RebuildIndex(pl.Callback):
                     "the checkpoint has no bank for its weights (it was saved between two validations), and the normal "
                     f"images to make one are missing: {error}"
                 ) from error
-        return detector.fit_index()
+        return int(detector.fit_index())

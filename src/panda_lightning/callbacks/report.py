@@ -51,15 +51,19 @@ class Report(pl.Callback):
         return self._clock - before
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so not at the end
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._lap()
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._train_seconds = self._lap()
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
@@ -69,35 +73,28 @@ class Report(pl.Callback):
         if row["epochs_trained"]:
             row["seconds/train"] = self._train_seconds
         self.rows.append(row)
-        if trainer.state.fn == "validate":
-            self._finish(trainer, pl_module)
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.rows and self.rows[-1]["epochs_trained"] == pl_module.epochs_trained:
             metrics = trainer.callback_metrics
             self.rows[-1] |= {n: float(metrics[n]) for n in ("train/compactness", "train/ewc") if n in metrics}
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish(trainer, pl_module)
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._finish(trainer, pl_module)  # now, when the progress bar no longer draws
 
     @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._finish(trainer, pl_module)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self.rows:
-            self._finish(trainer, pl_module)
 
     @rank_zero_only
-    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _finish(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.scores is None:
             return
         console = get_console()
         if self.rows:
-            console.print(_table(self.rows, f"{type(trainer.datamodule).__name__}, {pl_module.method}"))
+            console.print(_table(self.rows, f"{type(pl_module.data).__name__}, {pl_module.method}"))
             first, last = self.rows[0], self.rows[-1]
             best = max(self.rows, key=lambda row: row["val/auroc"])
             console.print(
@@ -105,10 +102,9 @@ class Report(pl.Callback):
                 f"{first['val/auroc']:.4f} after {first['epochs_trained']:g} "
                 f"(best epoch by test labels, oracle: {best['val/auroc']:.4f})"
             )
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows)
-        console.print(f"Pictures: {folder / 'report.png'}", soft_wrap=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        draw(self._folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows)
+        console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
             console.print(f"Checkpoint: {path}", soft_wrap=True)
@@ -141,11 +137,21 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3 if len(rows) > 1 else 2)
     both = 0 < labels.sum() < len(labels)
-    low, high = float(scores.min()), float(np.quantile(scores, 0.995))  # a few far outliers would squeeze the rest
+    low, high = (
+        float(scores.min()),
+        float(np.quantile(scores, 0.995)),
+    )  # a few far outliers would squeeze the rest
     bins = np.linspace(low, max(high, low + 1e-12), 41)
     for label, name, colour in ((0, "normal", "tab:blue"), (1, "anomalous", "tab:red")):
         part = scores[labels == label].numpy()
-        axes[0].hist(part.clip(max=bins[-1]), bins, density=True, alpha=0.55, color=colour, label=f"{name} ({len(part)})")
+        axes[0].hist(
+            part.clip(max=bins[-1]),
+            bins,
+            density=True,
+            alpha=0.55,
+            color=colour,
+            label=f"{name} ({len(part)})",
+        )
     axes[0].set(title="Anomaly scores of the test images", xlabel="score", ylabel="density")
     axes[0].legend()
     if both:

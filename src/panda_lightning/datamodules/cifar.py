@@ -33,8 +33,8 @@ class CIFAR10(AnomalyDataModule):
             download_and_extract_archive(self.URL, str(self.root), md5=self.MD5)
         except (OSError, RuntimeError) as error:
             raise PandaError(
-                f"CIFAR-10 is not in {self.root / self.FOLDER} and cannot be downloaded ({error}): fetch {self.URL} elsewhere "
-                f"and unpack it in {self.root}, or say where it is with --data.root."
+                f"CIFAR-10 is not in {self.root / self.FOLDER} and cannot be downloaded ({error}): fetch {self.URL} "
+                f"elsewhere and unpack it in {self.root}, or say where it is with --data.root."
             ) from error
 
     @override

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,15 +13,8 @@ from typing_extensions import override
 from panda_lightning import metrics
 from panda_lightning.callbacks import Health, Media, Report
 from panda_lightning.features import gather
-from panda_lightning.types import Batch, PandaError
-
-
-class Scores(NamedTuple):
-    """The scores of a whole data set: index (N,), ascending; score (N,); label (N,), 1 = anomalous."""
-
-    index: Tensor
-    score: Tensor
-    label: Tensor
+from panda_lightning.loggers import AutoWandbLogger
+from panda_lightning.types import Batch, PandaError, Scores
 
 
 class Detector(pl.LightningModule, ABC):
@@ -52,6 +45,11 @@ class Detector(pl.LightningModule, ABC):
         return type(self).__name__
 
     @property
+    def data(self) -> Any:
+        """The data module of this run."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # the Trainer sets it while it runs
+
+    @property
     def epochs_trained(self) -> float:
         """Passes over the training images behind these weights; the x axis of every curve."""
         return self.steps_trained / self._steps_per_epoch
@@ -64,6 +62,12 @@ class Detector(pl.LightningModule, ABC):
                 f"{self.method} has nothing to train: run `lightning test` with the same arguments, "
                 "which builds its bank and saves it in last.ckpt."
             )
+        for logger in self.trainer.loggers:
+            if isinstance(logger, AutoWandbLogger):
+                run = {
+                    key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
+                }
+                logger.describe(type(self.data).__name__, self.method, run)
         return [Health(), Media(), Report()]
 
     @override

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -72,7 +71,7 @@ class DN2(Detector):
 
     def rebuild_bank(self) -> None:
         """Extract the features of all normal training images with the weights of this moment."""
-        loader = self.trainer.datamodule.normal_dataloader()
+        loader = self.data.normal_dataloader()
         self.bank = extract(self.trainer, self.embed, loader, "Normal features")
         self.bank_step = self.steps_trained
 
@@ -105,11 +104,11 @@ class DN2(Detector):
 
     @override
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = self.data
         if not hasattr(data, "normal_dataloader"):
             raise PandaError(
-                f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images in "
-                f"order; got {type(data).__name__}. ImageFolder serves any folder of images."
+                f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images "
+                f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
             )
         if hasattr(self, "backbone") and data.image_size < self.backbone.stride:
             raise PandaError(

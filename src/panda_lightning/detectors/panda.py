@@ -21,8 +21,8 @@ class PANDA(DN2):
     .. math:: L = \frac1B \sum_x \frac{\lVert f(x) - c \rVert^2}{D}
               + \frac{\lambda}{2} \sum_i F_i (\theta_i - \theta^0_i)^2
 
-    c is the mean of the pretrained features of the normal training images and stays constant; F is the Fisher-information
-    diagonal of the pretraining task. Three published forms are settings: Early is ``ewc_weight=0`` with few epochs,
+    c is the mean of the pretrained features of the normal training images and stays constant; F is the Fisher
+    information's diagonal of the pretraining task. Three published forms are settings: Early is ``ewc_weight=0`` with few epochs,
     EWC is the default, SES is a callback. After every epoch the bank is extracted anew. The constructor's defaults are
     the published recipe (section 4 there; batch 32, an option of the data).
 
@@ -137,7 +137,7 @@ class PANDA(DN2):
             return fisher.ones(self.backbone)
         if self.fisher_source != "auto":
             return fisher.load(self.fisher_source, self.backbone)
-        loader = self.trainer.datamodule.normal_dataloader()
+        loader = self.data.normal_dataloader()
         path = self.trainer.strategy.broadcast(fisher.cache_path(self.backbone, loader))
         rank_zero_info(
             "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "

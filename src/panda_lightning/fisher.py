@@ -69,6 +69,8 @@ def estimate(
     for batch in track(batches, "Fisher information", transient=True, disable=silent):
         batch = to_device(batch)
         real = batch["index"] >= 0
+        if not real.any():
+            continue
         with torch.no_grad():
             hidden = backbone.prefix(batch["image"][real])
             probabilities = backbone.logits(hidden).float().softmax(dim=1)

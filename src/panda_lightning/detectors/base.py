@@ -95,8 +95,9 @@ class Detector(pl.LightningModule, ABC):
         self._log_auroc("test")
 
     def _log_auroc(self, stage: str) -> None:
-        self.scores = Scores(*(column.cpu() for column in gather(self._parts)))
-        auroc = metrics.auroc(self.scores.score, self.scores.label)
+        scores = Scores(*(column.cpu() for column in gather(self._parts)))
+        auroc = metrics.auroc(scores.score, scores.label)
+        self.scores = scores
         if auroc != auroc and not self.trainer.sanity_checking:
             rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
         values = {f"{stage}/auroc": auroc, "epochs_trained": self.epochs_trained}

@@ -21,10 +21,10 @@ class PANDA(DN2):
     .. math:: L = \frac1B \sum_x \frac{\lVert f(x) - c \rVert^2}{D}
               + \frac{\lambda}{2} \sum_i F_i (\theta_i - \theta^0_i)^2
 
-    c is the mean of the pretrained features of the normal training images and stays constant; F is the Fisher
-    information's diagonal of the pretraining task. Three published forms are settings: Early is ``ewc_weight=0`` with few epochs,
-    EWC is the default, SES is a callback. After every epoch the bank is extracted anew. The constructor's defaults are
-    the published recipe (section 4 there; batch 32, an option of the data).
+    c is the mean of the pretrained features of the normal training images and stays constant; F is the diagonal of the
+    pretraining task's Fisher information. The published forms are settings: Early is ``ewc_weight=0`` with few epochs,
+    EWC is the default. The bank is extracted anew after every epoch. The constructor's defaults are the published
+    recipe; its batch of 32 is an option of the data.
 
     Args:
         backbone: See DN2.
@@ -103,7 +103,16 @@ class PANDA(DN2):
         return loss
 
     @override
+    def on_train_epoch_end(self) -> None:
+        moved = [(p.detach() - self.start[name]).square().sum() for name, p in self.backbone.adapted().items()]
+        self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
+
+    @override
     def configure_optimizers(self) -> Optimizer:
+        if self.trainer.gradient_clip_val is not None:
+            raise PandaError(
+                f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} would be ignored: set model.grad_clip."
+            )
         adapted = self.backbone.adapted().values()
         return SGD(adapted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 

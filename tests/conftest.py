@@ -1,0 +1,111 @@
+"""What the tests share. Nothing here needs network, GPU or ../shared."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fisher files and W&B's folders of the tests stay out of the user's home, and W&B finds no credentials."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NETRC", "/nonexistent")
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for name in ("WANDB_API_KEY", "WANDB_MODE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; a W&B run that the test leaves open is closed."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real images and weights, where it is."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (or PANDA_SHARED)")
+    return SHARED
+
+
+def picture(kind: str, number: int, size: int = 40) -> Image.Image:
+    """A small picture: round spots are normal, stripes are anomalous; each number another one."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:size, :size] / size
+    if kind == "spot":
+        cx, cy = rng.uniform(0.35, 0.65, 2)
+        grey = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) * 25)
+    else:
+        grey = np.sin((x * rng.uniform(0.5, 1) + y * rng.uniform(0.5, 1)) * 40) / 2 + 0.5
+    rgb = grey[..., None] * rng.uniform(0.6, 1, 3) + rng.normal(0, 0.03, (size, size, 3))
+    return Image.fromarray((rgb.clip(0, 1) * 255).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image folder: train/spot 11 images; test/spot 7, test/stripe 6."""
+    return make_folder(tmp_path / "images")
+
+
+def make_folder(root: Path, train: int = 11, normal: int = 7, anomalous: int = 6) -> Path:
+    """Write an image folder of spots and stripes."""
+    for split, kind, numbers in (
+        ("train", "spot", range(train)),
+        ("test", "spot", range(100, 100 + normal)),
+        ("test", "stripe", range(anomalous)),
+    ):
+        (root / split / kind).mkdir(parents=True, exist_ok=True)
+        for n in numbers:
+            picture(kind, n).save(root / split / kind / f"{n:03d}.png")
+    return root
+
+
+@pytest.fixture
+def run(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command line; returns what it printed, and raises SystemExit where it refuses."""
+    from panda_lightning.cli import main
+
+    def call(*words: object) -> str:
+        main([str(word) for word in words])
+        out = capsys.readouterr()
+        return out.out + out.err
+
+    return call
+
+
+def fast(root: Path, *, epochs: int = 2) -> list[str]:
+    """Words for a quick run on an image folder with the bundled network, logged to CSV alone."""
+    return [
+        "--trainer.accelerator=cpu",
+        f"--trainer.max_epochs={epochs}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=runs",
+        "--trainer.logger.name=t",
+        "--trainer.callbacks=ModelCheckpoint",
+        "--trainer.callbacks.filename=last",
+        "--trainer.callbacks.enable_version_counter=false",
+        "--model.backbone=panda_tiny",
+        "--data=ImageFolder",
+        f"--data.root={root}",
+        "--data.normal_class=spot",
+        "--data.image_size=32",
+        "--data.crop=squash",
+        "--data.batch_size=4",
+        "--data.eval_batch_size=4",
+    ]

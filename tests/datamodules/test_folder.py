@@ -1,0 +1,44 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from panda_lightning import ImageFolder, PandaError
+
+
+def test_classes_are_folders_and_files_are_sorted(folder):
+    (folder / "train/spot/notes.txt").write_text("not an image")
+    (folder / "test/spot/deep").mkdir()
+    (folder / "test/spot/106.png").rename(folder / "test/spot/deep/106.PNG")
+    data = ImageFolder(root=str(folder), normal_class="spot")
+    data.setup("fit")
+    assert data.classes == ("spot", "stripe")
+    assert [p.name for p in data.normal_images.sources] == [f"{n:03d}.png" for n in range(11)]
+    assert len(data.test_images) == 13
+    np.testing.assert_array_equal(data.test_images.targets, [0] * 7 + [1] * 6)
+
+
+def test_a_single_training_class_is_the_normal_one(folder):
+    data = ImageFolder(root=str(folder))
+    data.setup("fit")
+    assert data.normal_class == "spot"
+
+
+def test_testing_needs_no_training_images(folder):
+    shutil.rmtree(folder / "train")
+    data = ImageFolder(root=str(folder), normal_class="spot")
+    data.setup("test")
+    with pytest.raises(PandaError, match="train does not exist: expected .*train/<normal class>/"):
+        data.normal_dataloader()
+
+
+def test_layouts_that_are_none_are_refused(tmp_path, folder):
+    with pytest.raises(PandaError, match="nowhere/test does not exist"):
+        ImageFolder(root=str(tmp_path / "nowhere"), normal_class="spot").setup("fit")
+    shutil.rmtree(folder / "train/spot")
+    (folder / "train/other").mkdir()
+    with pytest.raises(PandaError, match="there are no images in .*train: their names must end in .jpg"):
+        ImageFolder(root=str(folder), normal_class="spot").setup("fit")
+    (folder / "train/other/a.png").write_bytes((folder / "test/spot/100.png").read_bytes())
+    with pytest.raises(PandaError, match="no training images of the normal class spot"):
+        ImageFolder(root=str(folder), normal_class="spot").setup("fit")

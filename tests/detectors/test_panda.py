@@ -1,0 +1,275 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+
+from panda_lightning import PANDA, Backbone, ImageFolder, PandaError, fisher
+from panda_lightning.datamodules.base import ShardedSampler
+from tests.conftest import make_folder
+
+
+def trainer(tmp_path, epochs=2, **options):
+    options = {"logger": False, "enable_checkpointing": False, **options}
+    return pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def data(folder, **options):
+    options = {"batch_size": 4, "eval_batch_size": 4, "image_size": 32, "crop": "squash", **options}
+    return ImageFolder(root=str(folder), normal_class="spot", interpolation="bicubic", **options)
+
+
+class Curve(pl.Callback):
+    """Keeps what validation logs."""
+
+    def __init__(self):
+        self.points = []
+
+    def on_validation_end(self, trainer, pl_module):
+        m = trainer.callback_metrics
+        scores = pl_module.scores.score.clone()
+        self.points.append((float(m["epochs_trained"]), float(m["val/auroc"]), scores))
+
+
+def plain_training(folder, *, steps, ewc_weight, diagonal=None, normalize=False):
+    """PANDA as a bare loop over torch alone; returns the adapted parameters."""
+    backbone = Backbone.pretrained("panda_tiny")
+    module = data(folder)
+    module.setup("fit")
+    batches = module.normal_dataloader().dataset
+    images = batches.__getitems__(range(11))["image"]
+
+    def space(features):
+        return features / features.norm(dim=1, keepdim=True) if normalize else features
+
+    with torch.no_grad():
+        centre = space(backbone(images)).mean(dim=0)
+    params = backbone.adapted()
+    start = {name: p.detach().clone() for name, p in params.items()}
+    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+    taken = 0
+    for epoch in range(100):
+        sampler = ShardedSampler(11, 1, 0, shuffle=True)
+        sampler.set_epoch(epoch)
+        for rows in torch.tensor(list(sampler)).split(4):
+            loss = ((space(backbone(images[rows])) - centre) ** 2).mean(dim=1).mean()
+            for name, p in params.items():
+                if ewc_weight:
+                    loss = loss + ewc_weight / 2 * (diagonal[name] * (p - start[name]) ** 2).sum()
+            gradients = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+            norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
+            with torch.no_grad():
+                for name, p in params.items():
+                    step = gradients[name] * min(1.0, 1e-3 / (norm + 1e-6)) + 5e-5 * p
+                    velocity[name] = 0.9 * velocity[name] + step
+                    p -= 1e-2 * velocity[name]
+            taken += 1
+            if taken == steps:
+                return params
+    raise AssertionError
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("ewc_weight", [0.0, 1e4])
+def test_training_is_that_of_a_plain_loop(tmp_path, folder, ewc_weight, normalize):
+    detector = PANDA("panda_tiny", ewc_weight=ewc_weight, fisher=str(tmp_path / "f.pth"), normalize_loss=normalize)
+    backbone = Backbone.pretrained("panda_tiny")
+    torch.manual_seed(0)
+    diagonal = {name: torch.rand_like(p) * 1e-3 for name, p in backbone.adapted().items()}
+    torch.save(diagonal, tmp_path / "f.pth")
+    trainer(tmp_path, epochs=3).fit(detector, data(folder))
+    expected = plain_training(folder, steps=9, ewc_weight=ewc_weight, diagonal=diagonal, normalize=normalize)
+    moved = 0.0
+    for name, p in detector.backbone.adapted().items():
+        start = backbone.adapted()[name]
+        moved = max(moved, float((p - start).abs().max()))
+        torch.testing.assert_close(p - start, expected[name] - start, rtol=1e-3, atol=3e-8)
+    assert moved > 1e-6
+
+
+def test_only_the_adapted_part_moves_and_batchnorm_buffers_never(tmp_path, folder):
+    before = Backbone.pretrained("panda_tiny").model.state_dict()
+    detector = PANDA("panda_tiny", ewc_weight=0, grad_clip=1.0, weight_decay=0)
+    trainer(tmp_path).fit(detector, data(folder))
+    after, adapted = detector.backbone.model.state_dict(), detector.backbone.adapted()
+    for name, value in after.items():
+        if name in adapted:
+            assert not torch.equal(value, before[name]), name
+        else:
+            assert torch.equal(value, before[name]), name
+    assert any(name.endswith("running_mean") for name in after)
+    assert not any(m.training for m in detector.backbone.modules())
+
+
+def test_the_centre_is_that_of_the_pretrained_features(tmp_path, folder):
+    module, detector = data(folder), PANDA("panda_tiny", ewc_weight=0, grad_clip=1.0)
+    trainer(tmp_path).fit(detector, module)
+    with torch.no_grad():
+        images = module.normal_dataloader().dataset.__getitems__(range(11))["image"]
+        expected = Backbone.pretrained("panda_tiny")(images).mean(dim=0)
+    torch.testing.assert_close(detector.centre, expected, rtol=1e-5, atol=1e-6)
+    # also where validation, which makes the bank, is switched off
+    blind = PANDA("panda_tiny", ewc_weight=0, grad_clip=1.0)
+    trainer(tmp_path, limit_val_batches=0).fit(blind, data(folder))
+    torch.testing.assert_close(blind.centre, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_validation_starts_at_zero_epochs_and_follows_the_weights(tmp_path, folder):
+    curve, detector = Curve(), PANDA("panda_tiny", ewc_weight=0, grad_clip=10.0)
+    trainer(tmp_path, epochs=3, callbacks=[curve]).fit(detector, data(folder))
+    assert [p[0] for p in curve.points] == [0.0, 1.0, 2.0, 3.0]
+    # the last scores are those of a bank made with the last weights
+    module = data(folder)
+    module.setup("test")
+    with torch.no_grad():
+        bank = detector.backbone(module.normal_dataloader().dataset.pixels)
+        queries = detector.backbone(module.test_dataloader().dataset.pixels)
+    expected = torch.cdist(queries.double(), bank.double()).square().sort(dim=1).values[:, :2].sum(dim=1)
+    np.testing.assert_allclose(curve.points[-1][2], expected, rtol=1e-3)
+    assert not np.allclose(curve.points[0][2], expected, rtol=1e-2)
+
+
+def test_epochs_count_fractions_and_accumulation(tmp_path, folder):
+    curve = Curve()
+    options = {"val_check_interval": 1, "accumulate_grad_batches": 2, "callbacks": [curve]}
+    trainer(tmp_path, epochs=1, **options).fit(PANDA("panda_tiny", ewc_weight=0), data(folder))
+    assert [p[0] for p in curve.points] == [0.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("source", ["auto", "ones"])
+def test_ewc_terms_are_logged_apart(tmp_path, folder, source):
+    detector = PANDA("panda_tiny", fisher=source)
+    runner = trainer(tmp_path)
+    runner.fit(detector, data(folder))
+    m = runner.callback_metrics
+    for name in ("train/compactness", "train/ewc", "train/loss", "train/grad_norm", "train/distance_from_start"):
+        assert np.isfinite(float(m[name])), name
+    assert float(m["train/loss"]) == pytest.approx(float(m["train/compactness"] + m["train/ewc"]), rel=1e-5)
+    moved = [(p - detector.start[n]).square().sum() for n, p in detector.backbone.adapted().items()]
+    assert float(m["train/distance_from_start"]) == pytest.approx(float(sum(moved).sqrt()), rel=1e-4)
+
+
+def test_an_estimated_fisher_is_kept_and_found_again(tmp_path, folder, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = PANDA("panda_tiny")
+    with caplog.at_level("INFO"):
+        trainer(tmp_path).fit(first, data(folder))
+    assert "the paper takes ImageNet" in caplog.text
+    (path,) = (tmp_path / "cache/panda-lightning/fisher").iterdir()
+    monkeypatch.setattr(fisher, "estimate", lambda *a, **k: pytest.fail("estimated again"))
+    second = PANDA("panda_tiny")
+    trainer(tmp_path).fit(second, data(folder))
+    assert all(torch.equal(first.fisher[name], second.fisher[name]) for name in first.fisher)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder):
+    whole = Curve()
+    undisturbed = PANDA("panda_tiny", grad_clip=10.0)
+    trainer(tmp_path, epochs=4, callbacks=[whole]).fit(undisturbed, data(folder))
+
+    def save(epochs):
+        return ModelCheckpoint(tmp_path / "ck", filename="last", enable_version_counter=False)
+
+    first, second = Curve(), Curve()
+    options = {"enable_checkpointing": True}
+    trainer(tmp_path, 2, callbacks=[first, save(2)], **options).fit(PANDA("panda_tiny", grad_clip=10.0), data(folder))
+    resumed = PANDA("panda_tiny", grad_clip=10.0)
+    path = tmp_path / "ck/last.ckpt"
+    trainer(tmp_path, 4, callbacks=[second, save(4)], **options).fit(resumed, data(folder), ckpt_path=path)
+    points = first.points + second.points
+    assert [p[0] for p in points] == [p[0] for p in whole.points] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    for got, expected in zip(points, whole.points, strict=True):
+        assert got[1] == expected[1]
+        torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=0)
+    for name, p in undisturbed.backbone.adapted().items():
+        torch.testing.assert_close(resumed.backbone.adapted()[name], p, rtol=1e-6, atol=1e-9)
+    assert torch.equal(resumed.centre, undisturbed.centre)
+
+
+def test_a_checkpoint_needs_neither_training_images_nor_weights(tmp_path):
+    folder = make_folder(tmp_path / "images")
+    weights = tmp_path / "weights"
+    shutil.copytree(Path(Backbone.pretrained.__globals__["BUNDLED"]) / "panda_tiny", weights)
+    detector = PANDA(f"local-dir:{weights}", ewc_weight=0, grad_clip=10.0)
+    runner = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
+    runner.fit(detector, data(folder))
+    shutil.rmtree(weights)
+    shutil.rmtree(folder / "train")
+    again = PANDA.load_from_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path).test(again, data(folder), verbose=False)
+    torch.testing.assert_close(again.scores.score, detector.scores.score, rtol=1e-5, atol=0)
+    # its network is a backbone for others
+    other = Backbone.pretrained(str(tmp_path / "last.ckpt"))
+    for name, value in detector.backbone.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], value)
+
+
+def test_a_stale_bank_is_rebuilt_or_refused(tmp_path):
+    folder = make_folder(tmp_path / "images")
+    detector = PANDA("panda_tiny", ewc_weight=0, grad_clip=10.0)
+    runner = trainer(tmp_path)
+    runner.fit(detector, data(folder))
+    detector.bank_step -= 1
+    detector.bank = torch.zeros_like(detector.bank)
+    runner.save_checkpoint(tmp_path / "mid.ckpt")
+    again = PANDA.load_from_checkpoint(tmp_path / "mid.ckpt")
+    trainer(tmp_path).test(again, data(folder), verbose=False)
+    torch.testing.assert_close(again.scores.score, detector.scores.score, rtol=1e-5, atol=0)
+    shutil.rmtree(folder / "train")
+    again = PANDA.load_from_checkpoint(tmp_path / "mid.ckpt")
+    with pytest.raises(PandaError, match="has no bank for its weights .* are missing: .*train does not exist"):
+        trainer(tmp_path).test(again, data(folder), verbose=False)
+
+
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, folder):
+    class Breaks(PANDA):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.trainer.current_epoch == 1 and batch_idx == 1 else loss
+
+    keep = ModelCheckpoint(tmp_path / "ck", filename="last")
+    runner = trainer(tmp_path, 3, callbacks=[keep], enable_checkpointing=True)
+    with pytest.raises(PandaError, match="NaN or infinite at batch 1 of epoch 1: .*last good checkpoint is .*last.ckpt"):
+        runner.fit(Breaks("panda_tiny", ewc_weight=0), data(folder))
+    state = torch.load(tmp_path / "ck/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_collapsed_features_are_said(tmp_path, folder):
+    detector = PANDA("panda_tiny", ewc_weight=0)
+    detector.load_backbone()
+    nn.init.zeros_(detector.backbone.model.layer4[0].bn2.weight)
+    nn.init.zeros_(detector.backbone.model.layer4[0].bn2.bias)
+    nn.init.zeros_(detector.backbone.model.layer4[0].downsample[2].weight)
+    with pytest.warns(UserWarning, match="collapsed to a point"):
+        trainer(tmp_path, 1).fit(detector, data(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"adapt_stages": 0}, "leaves nothing to adapt"), ({"ewc_weight": -1.0}, "choose 0 or more")],
+)
+def test_settings_that_cannot_be_meant_are_refused(options, words):
+    with pytest.raises(PandaError, match=words):
+        PANDA(**options)
+
+
+def test_the_trainers_own_clipping_is_refused(tmp_path, folder):
+    with pytest.raises(PandaError, match="model.grad_clip"):
+        trainer(tmp_path, gradient_clip_val=1.0).fit(PANDA("panda_tiny", ewc_weight=0), data(folder))
+
+
+def test_the_published_recipe_is_the_default():
+    detector = PANDA()
+    assert detector.hparams == {
+        "backbone": "resnet152.tv_in1k", "weights": None, "adapt_stages": 2, "k": 2, "normalize": False,
+        "normalize_loss": False, "ewc_weight": 1e4, "fisher": "auto", "lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-5,
+        "grad_clip": 1e-3, "index_backend": "auto", "index_memory_mb": 512,
+    }  # fmt: skip

@@ -1,0 +1,120 @@
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from panda_lightning import Backbone, Batch, PandaError, fisher
+
+
+def make_batches(size: int, count: int, batch: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    index = torch.arange(count)
+    return [
+        {"image": i, "label": torch.zeros(len(i)), "index": n}
+        for i, n in zip(images.split(batch), index.split(batch), strict=True)
+    ]
+
+
+def plain_loop(backbone: Backbone, batches: list[Batch], seed: int) -> dict[str, torch.Tensor]:
+    """One image after the other, ordinary autograd; the label by inverting the distribution function."""
+    adapted = backbone.adapted()
+    total = {name: torch.zeros_like(p) for name, p in adapted.items()}
+    count = 0
+    for batch in batches:
+        for image, index in zip(batch["image"], batch["index"], strict=True):
+            logits = backbone.logits(backbone.prefix(image[None]))[0]
+            uniform = torch.rand((), generator=torch.Generator().manual_seed(seed * 2**32 + int(index))).item()
+            below, label = 0.0, -1
+            for label, p in enumerate(logits.softmax(0).tolist()):
+                below += p
+                if below >= uniform:
+                    break
+            gradients = torch.autograd.grad(-F.cross_entropy(logits[None], torch.tensor([label])), adapted.values())
+            for name, gradient in zip(adapted, gradients, strict=True):
+                total[name] += gradient**2
+            count += 1
+    return {name: t / count for name, t in total.items()}
+
+
+@pytest.mark.parametrize("name", ["panda_tiny", "mobilenetv2_035", "vit_tiny_patch16_224"])
+def test_estimate_is_that_of_a_plain_loop(name):
+    torch.manual_seed(0)
+    if name == "panda_tiny":
+        backbone = Backbone.pretrained(name)
+    else:
+        backbone = Backbone(timm.create_model(name, num_classes=6, **({"img_size": 32} if "vit" in name else {})), 1)
+    backbone.double()
+    batches = make_batches(32, 7, 3)
+    got = fisher.estimate(backbone, batches, silent=True)
+    expected = plain_loop(backbone, batches, seed=0)
+    assert list(got) == list(backbone.adapted())
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key].double(), value, rtol=1e-5, atol=float(value.max()) * 1e-7)
+
+
+def test_estimate_depends_neither_on_batches_nor_on_chunks_nor_on_fillers():
+    backbone = Backbone.pretrained("panda_tiny")
+    whole = fisher.estimate(backbone, make_batches(32, 6, 6), silent=True)
+    parts = make_batches(32, 6, 4)
+    parts.append({**parts[0], "index": torch.full_like(parts[0]["index"], -1)})
+    split = fisher.estimate(backbone, parts, memory_mb=0, silent=True)
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], rtol=1e-4, atol=float(whole[name].max()) * 1e-6)
+
+
+def test_drawn_labels_follow_the_softmax():
+    probabilities = torch.tensor([[0.1, 0.6, 0.3]]).repeat(4000, 1)
+    labels = fisher._draw(probabilities, torch.arange(4000), seed=0)
+    frequency = labels.bincount(minlength=3) / 4000
+    assert torch.allclose(frequency, probabilities[0], atol=0.03)
+
+
+def test_a_backbone_without_classifier_is_refused():
+    backbone = Backbone(timm.create_model("resnet18", num_classes=0), 2)
+    with pytest.raises(PandaError, match="resnet18 has none here: use fisher=FILE or fisher=ones"):
+        fisher.estimate(backbone, [])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_files_are_read_by_plain_names(tmp_path, suffix):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    path = tmp_path / f"fisher.{suffix}"
+    extra = {"conv1.0.weight": torch.ones_like(backbone.model.get_parameter("conv1.0.weight"))}  # a frozen layer
+    if suffix == "pth":
+        torch.save({**diagonal, **extra}, path)
+    else:
+        fisher.save({**diagonal, **extra}, path, {"estimator": "a test"})
+    loaded = fisher.load(str(path), backbone)
+    assert list(loaded) == list(backbone.adapted())
+    assert all(torch.equal(loaded[name], diagonal[name]) for name in diagonal)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_files_that_do_not_fit_are_refused_with_a_list(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    first, second, *_ = diagonal
+    del diagonal[first]
+    diagonal[second] = torch.ones(3)
+    diagonal["module.extra"] = torch.ones(1)
+    torch.save(diagonal, tmp_path / "f.pth")
+    with pytest.raises(PandaError) as error:
+        fisher.load(str(tmp_path / "f.pth"), backbone)
+    for words in (f"{first} is missing", f"{second} is (3,) instead of", "module.extra is not in resnet10t", "fisher=auto"):
+        assert words in str(error.value)
+    with pytest.raises(PandaError, match="neither a file nor one of auto, ones"):
+        fisher.load("atuo", backbone)
+
+
+def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers():
+    batches, other = make_batches(32, 3, 3), make_batches(32, 4, 4)
+    one, two = Backbone.pretrained("panda_tiny", adapt_stages=2), Backbone.pretrained("panda_tiny", adapt_stages=1)
+    path = fisher.cache_path(one, batches)
+    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), batches)
+    assert path != fisher.cache_path(one, other)
+    assert path != fisher.cache_path(two, batches)
+    with torch.no_grad():
+        next(one.parameters())[0, 0, 0, 0] += 1e-3
+    assert path != fisher.cache_path(one, batches)

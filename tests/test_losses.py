@@ -1,0 +1,31 @@
+import numpy as np
+import torch
+
+from panda_lightning import losses
+
+
+def test_compactness_is_the_mean_square_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    features, centre = rng.normal(size=(5, 7)), rng.normal(size=7)
+    expected = [sum((features[b, d] - centre[d]) ** 2 for d in range(7)) / 7 for b in range(5)]
+    got = losses.compactness(torch.tensor(features), torch.tensor(centre))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_ewc_is_half_the_weighted_square_of_a_plain_loop():
+    rng = np.random.default_rng(1)
+    shapes = [(3, 2), (4,), ()]
+    params, start, fisher = ([rng.random(s) for s in shapes] for _ in range(3))
+    expected = 0.0
+    for p, s, f in zip(params, start, fisher, strict=True):
+        for i in np.ndindex(np.shape(p)):
+            expected += 0.5 * np.asarray(f)[i] * (np.asarray(p)[i] - np.asarray(s)[i]) ** 2
+    got = losses.ewc(*([torch.tensor(x) for x in xs] for xs in (params, start, fisher)))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_ewc_pulls_back_with_force_fisher_times_distance():
+    param = torch.tensor([1.0, 2.0], requires_grad=True)
+    losses.ewc([param], [torch.zeros(2)], [torch.tensor([3.0, 0.0])]).backward()
+    assert param.grad is not None
+    assert param.grad.tolist() == [3.0, 0.0]

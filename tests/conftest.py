@@ -87,7 +87,7 @@ def run(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]
     return call
 
 
-def fast(root: Path, *, epochs: int = 2) -> list[str]:
+def fast(root: Path, *, model: str = "PANDA", epochs: int = 2) -> list[str]:
     """Words for a quick run on an image folder with the bundled network, logged to CSV alone."""
     return [
         "--trainer.accelerator=cpu",
@@ -100,6 +100,7 @@ def fast(root: Path, *, epochs: int = 2) -> list[str]:
         "--trainer.callbacks=ModelCheckpoint",
         "--trainer.callbacks.filename=last",
         "--trainer.callbacks.enable_version_counter=false",
+        f"--model={model}",
         "--model.backbone=panda_tiny",
         "--data=ImageFolder",
         f"--data.root={root}",

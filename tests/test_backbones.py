@@ -100,7 +100,12 @@ def test_local_dir_and_weights_file(tmp_path):
     model = timm.create_model("resnet10t", num_classes=7)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": "resnet10t", "num_classes": 7, "pretrained_cfg": {"num_classes": 7, "classifier": "fc"}}
-    config["pretrained_cfg"] |= {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "first_conv": "conv1.0"}
+    config["pretrained_cfg"] |= {
+        "input_size": [3, 64, 64],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "first_conv": "conv1.0",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     backbone = Backbone.pretrained(f"local-dir:{tmp_path}")

@@ -26,10 +26,10 @@ def plain_loop(backbone: Backbone, batches: list[Batch], seed: int) -> dict[str,
             logits = backbone.logits(backbone.prefix(image[None]))[0]
             uniform = torch.rand((), generator=torch.Generator().manual_seed(seed * 2**32 + int(index))).item()
             below, label = 0.0, -1
-            for label, p in enumerate(logits.softmax(0).tolist()):
+            for p in logits.softmax(0).tolist():
+                if below < uniform:
+                    label += 1
                 below += p
-                if below >= uniform:
-                    break
             gradients = torch.autograd.grad(-F.cross_entropy(logits[None], torch.tensor([label])), adapted.values())
             for name, gradient in zip(adapted, gradients, strict=True):
                 total[name] += gradient**2
@@ -102,7 +102,12 @@ def test_files_that_do_not_fit_are_refused_with_a_list(tmp_path):
     torch.save(diagonal, tmp_path / "f.pth")
     with pytest.raises(PandaError) as error:
         fisher.load(str(tmp_path / "f.pth"), backbone)
-    for words in (f"{first} is missing", f"{second} is (3,) instead of", "module.extra is not in resnet10t", "fisher=auto"):
+    for words in (
+        f"{first} is missing",
+        f"{second} is (3,) instead of",
+        "module.extra is not in resnet10t",
+        "fisher=auto",
+    ):
         assert words in str(error.value)
     with pytest.raises(PandaError, match="neither a file nor one of auto, ones"):
         fisher.load("atuo", backbone)

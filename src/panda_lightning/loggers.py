@@ -36,7 +36,8 @@ class AutoWandbLogger(WandbLogger):
     def __init__(self, save_dir: str = "runs", project: str = "panda-lightning", **kwargs: Any) -> None:
         if "WANDB_MODE" not in os.environ and not kwargs.get("offline") and not _has_credentials():
             kwargs.setdefault("mode", "offline")
-        super().__init__(save_dir=save_dir, project=project, **kwargs)
+        # absolute, because W&B's service may have been started in another folder
+        super().__init__(save_dir=Path(save_dir).absolute(), project=project, **kwargs)
         self._wandb_init.pop("anonymous", None)  # wandb warns of it even when it is not set
 
     def describe(self, group: str, job_type: str, config: dict[str, Any]) -> None:
@@ -48,18 +49,19 @@ class AutoWandbLogger(WandbLogger):
     @rank_zero_experiment
     @override
     def experiment(self) -> Any:
-        from wandb.errors import Error
+        if self._experiment is None:
+            from wandb.errors import Error
 
-        Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
-        try:
-            run = super().experiment
-        except Error as error:
-            rank_zero_warn(f"W&B cannot be reached ({error}): this run is kept offline.")
-            self._wandb_init["mode"] = "offline"
-            run = super().experiment
-        for metrics in ("val/*", "train/*", "test/*", "bank/*"):
-            run.define_metric(metrics, step_metric="epochs_trained")
-        return run
+            Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
+            try:
+                run = super().experiment
+            except Error as error:
+                rank_zero_warn(f"W&B cannot be reached ({error}): this run is kept offline.")
+                self._wandb_init["mode"] = "offline"
+                run = super().experiment
+            for metrics in ("val/*", "train/*", "test/*", "bank/*"):
+                run.define_metric(metrics, step_metric="epochs_trained")
+        return self._experiment
 
 
 def _has_credentials() -> bool:

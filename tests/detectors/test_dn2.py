@@ -10,13 +10,15 @@ from panda_lightning import DN2, Backbone, ImageFolder, PandaError
 
 def trainer(tmp_path, **options):
     return pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        **options,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, **options,
     )  # fmt: skip
 
 
 def data(folder, **options):
-    return ImageFolder(root=str(folder), normal_class="spot", image_size=32, crop="squash", eval_batch_size=4, **options)
+    return ImageFolder(
+        root=str(folder), normal_class="spot", image_size=32, crop="squash", eval_batch_size=4, **options
+    )
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ def test_an_estimated_fisher_is_kept_and_found_again(tmp_path, folder, monkeypat
     with caplog.at_level("INFO"):
         trainer(tmp_path).fit(first, data(folder))
     assert "the paper takes ImageNet" in caplog.text
-    (path,) = (tmp_path / "cache/panda-lightning/fisher").iterdir()
+    (_,) = (tmp_path / "cache/panda-lightning/fisher").iterdir()
     monkeypatch.setattr(fisher, "estimate", lambda *a, **k: pytest.fail("estimated again"))
     second = PANDA("panda_tiny")
     trainer(tmp_path).fit(second, data(folder))
@@ -236,7 +236,9 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, f
 
     keep = ModelCheckpoint(tmp_path / "ck", filename="last")
     runner = trainer(tmp_path, 3, callbacks=[keep], enable_checkpointing=True)
-    with pytest.raises(PandaError, match="NaN or infinite at batch 1 of epoch 1: .*last good checkpoint is .*last.ckpt"):
+    with pytest.raises(
+        PandaError, match="NaN or infinite at batch 1 of epoch 1: .*last good checkpoint is .*last.ckpt"
+    ):
         runner.fit(Breaks("panda_tiny", ewc_weight=0), data(folder))
     state = torch.load(tmp_path / "ck/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())

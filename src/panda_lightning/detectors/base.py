@@ -104,15 +104,19 @@ class Detector(pl.LightningModule, ABC):
         # the same on every process already; float64 so that no digit is lost
         self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
 
-    def batch_mean(self, values: Tensor, batch: Batch) -> Tensor:
-        """Mean of a value per image (B,) over the images of all processes, repeats left out.
+    def batch_mean(self, values: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+        """Mean of a value per image (B,) over the images of all processes, fillers left out.
 
         Processes average their gradients, so each weights its sum by their number: the gradient is that of one
         process with the whole batch.
+
+        Returns:
+            The mean, and the number of images behind it, which weights the step in an epoch's log; it stays on the
+            device.
         """
         real = batch["index"] >= 0
-        total = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
-        return (values * real).sum() * self.trainer.world_size / total
+        count = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
+        return (values * real).sum() * self.trainer.world_size / count, count
 
     @override
     def on_train_start(self) -> None:

@@ -91,15 +91,15 @@ class PANDA(DN2):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.centre is not None
         features = self.loss_space(self.embed(batch))
-        compactness = self.batch_mean(losses.compactness(features, self.centre), batch)
+        compactness, count = self.batch_mean(losses.compactness(features, self.centre), batch)
         loss, terms = compactness, {"train/compactness": compactness}
         if self.ewc_weight:
             adapted = self.backbone.adapted()
             ewc = losses.ewc(list(adapted.values()), *([d[n] for n in adapted] for d in (self.start, self.fisher)))
             loss = compactness + self.ewc_weight * ewc
             terms["train/ewc"] = self.ewc_weight * ewc
-        self.log_dict(terms, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(features))
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(features))
+        self.log_dict(terms, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
         return loss
 
     @override
@@ -124,7 +124,7 @@ class PANDA(DN2):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.adapted().values(), self.grad_clip)
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
     @override
     def on_train_start(self) -> None:

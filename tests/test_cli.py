@@ -1,0 +1,180 @@
+"""The command line as a user calls it, in this process."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import fast, make_folder
+from tests.datamodules.official import make_cifar10
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
+VARIANTS = sorted((ROOT / "conf/variants").glob("*.yaml"))
+
+# What makes a shipped config small enough for a test; everything else of it stays.
+TINY = {
+    "digits": ["--data.train_limit=9", "--data.test_limit=30"],
+    "cifar10": ["--data.root=official", "--model.backbone=panda_tiny", "--data.image_size=32"],
+    "folder": ["--data.root=images", "--model.backbone=panda_tiny", "--data.image_size=32", "--data.normal_class=spot"],
+}
+QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder: Path, key: str = "val/auroc") -> list[tuple[float, float]]:
+    return [(float(r["epochs_trained"]), float(r[key])) for r in rows(folder / "metrics.csv") if r.get(key)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("variant", [None, *VARIANTS], ids=lambda path: path.stem if path else "plain")
+def test_every_shipped_config_runs(config, variant, run, workdir):
+    make_cifar10(workdir / "official")
+    make_folder(workdir / "images")
+    trains = variant is None or variant.stem != "dn2"
+    words = ["fit" if trains else "test", f"--config={config}", *([f"--config={variant}"] if variant else [])]
+    words += [*QUICK, *TINY[config.stem], *(["--trainer.max_epochs=1"] if trains else [])]
+    out = run(*words)
+    folder = workdir / "runs" / config.stem / "version_0"
+    assert (folder / "report.png").is_file()
+    assert (folder / "checkpoints/last.ckpt").is_file()
+    assert list((workdir / "runs/wandb").glob("offline-run-*/*.wandb"))
+    assert "Pictures: runs/" in out
+    if trains:
+        assert [x for x, _ in curve(folder)] == [0.0, 1.0]
+        assert "oracle" in out
+
+
+@pytest.mark.parametrize("name", ["dn2", "early", "ewc"])
+def test_variants_give_the_published_values(name, run, workdir, capsys):
+    """Effective values of config + variant against protocol: steps on CIFAR-10, optimiser, loss."""
+    with pytest.raises(SystemExit):
+        run("fit", f"--config={ROOT}/conf/cifar10.yaml", f"--config={ROOT}/conf/variants/{name}.yaml", "--print_config")
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert config["model"]["class_path"].split(".")[-1] == {"dn2": "DN2"}.get(name, "PANDA")
+    assert (model["backbone"], model["k"], model["normalize"]) == ("resnet152.tv_in1k", 2, False)
+    assert (data["image_size"], data["crop"], data["resize"], data["batch_size"]) == (224, "center", None, 32)
+    if name != "dn2":
+        assert config["trainer"]["max_epochs"] == {"early": 15, "ewc": 50}[name]
+        assert model["ewc_weight"] == {"early": 0, "ewc": 1e4}[name]
+        published = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-5, "grad_clip": 1e-3, "adapt_stages": 2}
+        assert {key: model[key] for key in published} == published
+
+
+def test_fit_then_test_without_training_images_then_resume(run, workdir):
+    folder = make_folder(workdir / "images")
+    whole = run("fit", *fast(folder, epochs=4), "--model.grad_clip=10")
+    assert "4" in whole
+    run("fit", *fast(folder, epochs=2), "--model.grad_clip=10")
+    last = workdir / "runs/t/version_1/checkpoints/last.ckpt"
+
+    (folder / "train").rename(workdir / "hidden")
+    run("test", *fast(folder), f"--ckpt_path={last}")
+    assert curve(workdir / "runs/t/version_2", "test/auroc") == [curve(workdir / "runs/t/version_1")[-1]]
+
+    (workdir / "hidden").rename(folder / "train")
+    out = run("fit", *fast(folder, epochs=4), f"--ckpt_path={last}")
+    joined = curve(workdir / "runs/t/version_1") + curve(workdir / "runs/t/version_3")
+    assert joined == curve(workdir / "runs/t/version_0")
+    assert [x for x, _ in joined] == [0, 1, 2, 3, 4]
+    for epoch in range(5):  # the table of the resumed run has the whole curve
+        assert f"\n {epoch:7d} " in out
+    one, two = (torch.load(workdir / f"runs/t/version_{v}/checkpoints/last.ckpt", weights_only=True) for v in (0, 3))
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_dn2_is_saved_and_tested_again_without_images(run, workdir):
+    folder = make_folder(workdir / "images")
+    run("test", *fast(folder, model="DN2"))
+    shutil.rmtree(folder / "train")
+    last = workdir / "runs/t/version_0/checkpoints/last.ckpt"
+    run("test", *fast(folder, model="DN2"), f"--ckpt_path={last}")
+    run("validate", *fast(folder, model="DN2"), f"--ckpt_path={last}")
+    expected = curve(workdir / "runs/t/version_0", "test/auroc")
+    assert curve(workdir / "runs/t/version_1", "test/auroc") == expected
+    assert curve(workdir / "runs/t/version_2") == expected
+
+
+def test_a_second_run_into_the_same_folder_is_no_clash(run, workdir):
+    folder = make_folder(workdir / "images")
+    words = [w for w in fast(folder, epochs=1) if "trainer.logger" not in w]
+    logger = (
+        "--trainer.logger=[{class_path: CSVLogger, init_args: {save_dir: runs, name: t, version: 0}}, AutoWandbLogger]"
+    )
+    for _ in range(2):
+        run("fit", *words, logger, "--model.ewc_weight=0")
+    assert (workdir / "runs/t/version_0/config.yaml").is_file()
+
+
+# ---- bad input: one clear sentence, exit status not 0, no traceback ---------------------------------------------------
+
+
+def refusal(run, capsys, *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    text = capsys.readouterr()
+    assert stop.value.code not in (0, None)
+    said = stop.value.code if isinstance(stop.value.code, str) else text.err
+    assert "Traceback" not in text.err + text.out
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data.normal_class=circle"], r"normal_class=circle is not a class of ImageFolder \(0-1: spot, stripe\)"),
+        (["--data.normal_class=stripe"], "no training images of the normal class stripe"),
+        (["--data.train_limit=1"], "a single training image of the normal class spot"),
+        (["--data.root=/nonexistent"], "/nonexistent/test does not exist: expected"),
+        (["--data.image_size=16"], "image_size=16 is smaller than the stride of resnet10t: choose 32 or more"),
+        (["--model.k=12"], "k=12 neighbours, but there are 11 normal training images: choose 1 to 11"),
+        (["--model.lr=1e30", "--model.grad_clip=1e30"], "loss became NaN or infinite at batch|NaN or infinite"),
+        (["--model.kk=3"], "kk"),
+        (["--model.backbone=resnet20x"], "backbone=resnet20x cannot be had"),
+        (["--model.fisher=/nonexistent"], "fisher=/nonexistent is neither a file"),
+        (["--ckpt_path=/nonexistent.ckpt"], "ckpt_path=/nonexistent.ckpt is not a file"),
+        (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
+        (["--data.crop=centre"], "centre"),
+    ],
+    ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_a_sentence(run, capsys, folder, words, sentence):
+    said = refusal(run, capsys, "fit", *fast(folder), *words)
+    assert re.search(sentence, said), said
+
+
+def test_a_typo_in_a_config_file_is_named(run, capsys, workdir):
+    text = (ROOT / "conf/digits.yaml").read_text().replace("image_size", "image_sise")
+    (workdir / "typo.yaml").write_text(text)
+    assert "image_sise" in refusal(run, capsys, "fit", "--config=typo.yaml")
+
+
+def test_unreadable_images_are_named_or_skipped(run, capsys, folder):
+    (folder / "train/spot/999.png").write_bytes(b"")
+    words = ["fit", *fast(folder, epochs=1), "--model.ewc_weight=0"]
+    assert "999.png (empty file)" in refusal(run, capsys, *words)
+    with pytest.warns(UserWarning, match="1 of 12 images cannot be read and are left out"):
+        run(*words, "--data.on_error=skip")
+
+
+def test_fit_with_a_training_free_method_points_to_test(run, capsys, folder):
+    assert "run `lightning test`" in refusal(run, capsys, "fit", *fast(folder, model="DN2"))
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder, workdir):
+    words = [*fast(folder, model="DN2")]
+    run("test", *words)
+    last = "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt"
+    said = refusal(run, capsys, "test", *words, "--model.k=3", last)
+    assert "--model.k asks for 3, but the checkpoint was made with 2" in said
+    run("test", *words, "--model.k=2", last)  # the same value is no contradiction

@@ -108,15 +108,14 @@ def test_dn2_is_saved_and_tested_again_without_images(run, workdir):
 def test_a_second_run_into_the_same_folder_is_no_clash(run, workdir):
     folder = make_folder(workdir / "images")
     words = [w for w in fast(folder, epochs=1) if "trainer.logger" not in w]
-    logger = (
-        "--trainer.logger=[{class_path: CSVLogger, init_args: {save_dir: runs, name: t, version: 0}}, AutoWandbLogger]"
-    )
+    csv_logger = "{class_path: CSVLogger, init_args: {save_dir: runs, name: t, version: 0}}"
+    logger = f"--trainer.logger=[{csv_logger}, AutoWandbLogger]"
     for _ in range(2):
         run("fit", *words, logger, "--model.ewc_weight=0")
     assert (workdir / "runs/t/version_0/config.yaml").is_file()
 
 
-# ---- bad input: one clear sentence, exit status not 0, no traceback ---------------------------------------------------
+# ---- bad input: one clear sentence, exit status not 0, no traceback ----
 
 
 def refusal(run, capsys, *words: object) -> str:

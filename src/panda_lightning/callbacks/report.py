@@ -18,7 +18,7 @@ Row = dict[str, float]
 
 COLUMNS = {  # key of a row: heading, format
     "epochs_trained": ("epochs", "{:g}"),
-    "val/auroc": ("AUROC", "{:.4f}"),
+    "val/auroc": ("AUROC", "{:.5f}"),
     "train/compactness": ("compactness", "{:.4g}"),
     "train/ewc": ("EWC", "{:.3g}"),
     "seconds/train": ("train s", "{:.1f}"),

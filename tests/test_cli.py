@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -93,14 +94,15 @@ def test_fit_then_test_without_training_images_then_resume(run, workdir):
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-6, atol=1e-9)
 
 
-def test_dn2_is_saved_and_tested_again_without_images(run, workdir):
+@pytest.mark.parametrize("verb", ["test", "validate"])
+def test_dn2_is_saved_and_tested_again_without_images(run, workdir, verb):
     folder = make_folder(workdir / "images")
-    run("test", *fast(folder, model="DN2"))
+    run(verb, *fast(folder, model="DN2"))
     shutil.rmtree(folder / "train")
     last = workdir / "runs/t/version_0/checkpoints/last.ckpt"
     run("test", *fast(folder, model="DN2"), f"--ckpt_path={last}")
     run("validate", *fast(folder, model="DN2"), f"--ckpt_path={last}")
-    expected = curve(workdir / "runs/t/version_0", "test/auroc")
+    expected = curve(workdir / "runs/t/version_0", "test/auroc" if verb == "test" else "val/auroc")
     assert curve(workdir / "runs/t/version_1", "test/auroc") == expected
     assert curve(workdir / "runs/t/version_2") == expected
 
@@ -177,3 +179,28 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     said = refusal(run, capsys, "test", *words, "--model.k=3", last)
     assert "--model.k asks for 3, but the checkpoint was made with 2" in said
     run("test", *words, "--model.k=2", last)  # the same value is no contradiction
+
+
+# ---- the documentation ----
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md")), *ROOT.glob("*/*.yaml"), *VARIANTS]
+COMMANDS = sorted(
+    {
+        match.group().split("  #")[0].split("`")[0].strip()
+        for document in DOCUMENTS
+        for match in re.finditer(r"lightning +(fit|validate|test|predict) .*--config.*", document.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_exist(command, run, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [w for w in shlex.split(command)[1:] if not w.startswith("[") and not w.endswith("]")]
+    with pytest.raises(SystemExit) as stop:
+        run(*[w.replace("X.yaml", "digits.yaml") for w in words], "--print_config")
+    assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+def test_documents_hold_commands():
+    assert len(COMMANDS) > 10

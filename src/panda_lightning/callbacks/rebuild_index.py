@@ -21,9 +21,6 @@ class RebuildIndex(pl.Callback):
     A detector that uses it has ``steps_trained``, ``bank_is_fresh``, ``rebuild_bank()`` and ``fit_index()``: see DN2.
     """
 
-    def __init__(self) -> None:
-        self._save_to: Path | None = None
-
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0 and trainer.enable_validation:
@@ -40,8 +37,6 @@ class RebuildIndex(pl.Callback):
 
     @override
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.ckpt_path is None and trainer.log_dir:  # a bank made here would be lost otherwise
-            self._save_to = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
         self._prepare(pl_module)
 
     @override
@@ -49,10 +44,21 @@ class RebuildIndex(pl.Callback):
         self._prepare(pl_module)
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._save(trainer)
+
+    @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._save_to is not None:
-            trainer.save_checkpoint(self._save_to, weights_only=True)
-            rank_zero_info(f"Network and bank saved in {self._save_to}")
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Keep a bank that was made without training, and would be lost otherwise."""
+        folder = trainer.log_dir  # asks all processes
+        if trainer.ckpt_path is None and folder:
+            path = Path(folder) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(path, weights_only=True)
+            rank_zero_info(f"Network and bank saved in {path}")
 
     def _prepare(self, detector: Any) -> int:
         if not detector.bank_is_fresh:

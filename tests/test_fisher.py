@@ -46,7 +46,7 @@ def test_estimate_is_that_of_a_plain_loop(name):
         backbone = Backbone(timm.create_model(name, num_classes=6, **({"img_size": 32} if "vit" in name else {})), 1)
     backbone.double()
     batches = make_batches(32, 7, 3)
-    got = fisher.estimate(backbone, batches, silent=True)
+    got = fisher.estimate(backbone, batches)
     expected = plain_loop(backbone, batches, seed=0)
     assert list(got) == list(backbone.adapted())
     for key, value in expected.items():
@@ -55,10 +55,10 @@ def test_estimate_is_that_of_a_plain_loop(name):
 
 def test_estimate_depends_neither_on_batches_nor_on_chunks_nor_on_fillers():
     backbone = Backbone.pretrained("panda_tiny")
-    whole = fisher.estimate(backbone, make_batches(32, 6, 6), silent=True)
+    whole = fisher.estimate(backbone, make_batches(32, 6, 6))
     parts = make_batches(32, 6, 4)
     parts.append({**parts[0], "index": torch.full_like(parts[0]["index"], -1)})
-    split = fisher.estimate(backbone, parts, memory_mb=0, silent=True)
+    split = fisher.estimate(backbone, parts, memory_mb=0)
     for name in whole:
         torch.testing.assert_close(whole[name], split[name], rtol=1e-4, atol=float(whole[name].max()) * 1e-6)
 

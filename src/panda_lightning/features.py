@@ -1,12 +1,12 @@
 """Features of every image of a loader, merged over processes, in the order of the data set."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
 from panda_lightning.types import Batch
@@ -25,15 +25,26 @@ def extract(trainer: pl.Trainer, embed: Callable[[Batch], Tensor], loader: Itera
     Returns:
         (N, D) float32 on the trainer's device, row i for index i, the same on every process.
     """
-    bar: Any = trainer.progress_bar_callback
-    silent = bar is None or bar.is_disabled or not trainer.is_global_zero
-    parts = []
     with trainer.precision_plugin.forward_context():
-        for batch in track(loader, title, transient=True, disable=silent):
-            batch = trainer.strategy.batch_to_device(batch)
-            parts.append((batch["index"], embed(batch).float()))
+        parts = [(batch["index"], embed(batch).float()) for batch in on_device(trainer, loader, title)]
     _, features = gather(parts)
     return features
+
+
+def on_device(trainer: pl.Trainer, loader: Iterable[Batch], title: str) -> Iterator[Batch]:
+    """Batches on the trainer's device, with a progress bar that may stand below Lightning's own.
+
+    Args:
+        trainer: Its device, and whether it shows progress.
+        loader: Batches of this process.
+        title: What the bar says.
+    """
+    bar: Any = trainer.progress_bar_callback
+    silent = bar is None or bar.is_disabled or not trainer.is_global_zero
+    # Lightning's bar stops the clock that would refresh one below it, so this one refreshes at each batch
+    with Progress(transient=True, disable=silent, auto_refresh=False) as progress:
+        for batch in progress.track(loader, description=title):
+            yield trainer.strategy.batch_to_device(batch)
 
 
 def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -2,12 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -22,10 +21,8 @@ Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
 def estimate(
     backbone: Backbone,
     batches: Iterable[Batch],
-    to_device: Callable[[Batch], Batch] = lambda batch: batch,
     memory_mb: int = 1024,
     seed: int = 0,
-    silent: bool = False,
 ) -> Diagonal:
     r"""Estimate the diagonal from images alone, labels drawn from the classifier's own softmax.
 
@@ -37,11 +34,9 @@ def estimate(
 
     Args:
         backbone: A network with its pretrained classifier.
-        batches: Each process its share of the images; index -1 is left out.
-        to_device: Brings a batch to the backbone's device.
+        batches: Each process its share of the images, on the backbone's device; index -1 is left out.
         memory_mb: Roughly the memory that the gradients of one chunk of samples may take, in MiB.
         seed: Label n depends on it and on the image's index only, not on batches or processes.
-        silent: Show no progress bar.
 
     Returns:
         Float32 tensors shaped like the adapted parameters, the same on every process.
@@ -66,8 +61,7 @@ def estimate(
     per_sample = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
     count = torch.zeros((), device=next(iter(total.values())).device)
-    for batch in track(batches, "Fisher information", transient=True, disable=silent):
-        batch = to_device(batch)
+    for batch in batches:
         real = batch["index"] >= 0
         if not real.any():
             continue

@@ -153,6 +153,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
             label=f"{name} ({len(part)})",
         )
     axes[0].set(title="Anomaly scores of the test images", xlabel="score", ylabel="density")
+    axes[0].margins(y=0.25)  # room for the legend
     axes[0].legend()
     if both:
         false, true, _ = roc_curve(labels, scores)

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from panda_lightning import fisher, losses
 from panda_lightning.detectors.dn2 import DN2
+from panda_lightning.features import on_device
 from panda_lightning.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
@@ -153,7 +154,7 @@ class PANDA(DN2):
             f"the paper takes ImageNet and its labels. Kept in {path}"
         )
         if not self.trainer.strategy.broadcast(path.is_file()):
-            diagonal = fisher.estimate(self.backbone, loader, self.trainer.strategy.batch_to_device)
+            diagonal = fisher.estimate(self.backbone, on_device(self.trainer, loader, "Fisher information"))
             if self.trainer.is_global_zero:
                 fisher.save(diagonal, path, {"estimator": "per-sample, drawn labels"})
             self.trainer.strategy.barrier()

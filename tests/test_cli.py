@@ -127,6 +127,7 @@ def refusal(run, capsys, *words: object) -> str:
     assert stop.value.code not in (0, None)
     said = stop.value.code if isinstance(stop.value.code, str) else text.err
     assert "Traceback" not in text.err + text.out
+    assert "usage:" not in text.err
     return said
 
 
@@ -140,12 +141,13 @@ def refusal(run, capsys, *words: object) -> str:
         (["--data.image_size=16"], "image_size=16 is smaller than the stride of resnet10t: choose 32 or more"),
         (["--model.k=12"], "k=12 neighbours, but there are 11 normal training images: choose 1 to 11"),
         (["--model.lr=1e30", "--model.grad_clip=1e30"], "loss became NaN or infinite at batch|NaN or infinite"),
-        (["--model.kk=3"], "kk"),
+        (["--model.kk=3"], "Option 'kk' is not accepted"),
         (["--model.backbone=resnet20x"], "backbone=resnet20x cannot be had"),
         (["--model.fisher=/nonexistent"], "fisher=/nonexistent is neither a file"),
         (["--ckpt_path=/nonexistent.ckpt"], "ckpt_path=/nonexistent.ckpt is not a file"),
         (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
-        (["--data.crop=centre"], "centre"),
+        (["--data.crop=centre"], r"expected one of \['center', 'squash'\]. Got value: centre"),
+        (["--model=PANDAA"], "PANDAA. There are the detectors DN2, PANDA.* and the data sets .*CIFAR10"),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
 )

@@ -3,16 +3,44 @@
 import logging
 import sys
 import warnings
+from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from pytorch_lightning.cli import ArgsType, LightningCLI
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import Detector
 from panda_lightning.types import PandaError
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """Says what is wrong with an argument without pages of usage and inner types around it."""
+
+    NOISE = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Expected a <class 'NoneType'>",
+        "Given value",
+        "Expected a path",
+    )
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip(" -") for line in message.splitlines()]
+        sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
+        sentence = sentence.replace("Expected a typing.Literal", "expected one of ").replace("Parser key ", "")
+        if "is not accepted" in sentence:  # this parser is then that of the class itself
+            sentence += ". Accepted are " + ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
+        if "dot import path" in sentence:
+            classes = (Detector, AnomalyDataModule)
+            names = (sorted(c.__name__ for c in _subclasses(base) if not isabstract(c)) for base in classes)
+            sentence += ". There are the detectors {} and the data sets {}".format(*(", ".join(n) for n in names))
+        sys.stderr.write(f"error: {sentence}. `--help` and `--print_config` show what is accepted.\n")
+        self.exit(2)
 
 
 class PandaCLI(LightningCLI):
@@ -67,6 +95,7 @@ def main(args: ArgsType = None) -> None:
             AnomalyDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=OneSentenceParser,
             auto_configure_optimizers=False,
             trainer_defaults={"num_sanity_val_steps": 0},
             seed_everything_default=0,
@@ -75,6 +104,13 @@ def main(args: ArgsType = None) -> None:
         )
     except PandaError as error:
         sys.exit(f"error: {error}")
+
+
+def _subclasses(base: type) -> set[type]:
+    found = {base}
+    for subclass in base.__subclasses__():
+        found |= _subclasses(subclass)
+    return found
 
 
 def _silence() -> None:

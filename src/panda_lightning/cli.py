@@ -106,11 +106,9 @@ def main(args: ArgsType = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def _subclasses(base: type) -> set[type]:
-    found = {base}
-    for subclass in base.__subclasses__():
-        found |= _subclasses(subclass)
-    return found
+def _subclasses(base: type[Any]) -> set[type[Any]]:
+    direct: list[type[Any]] = base.__subclasses__()
+    return {base}.union(*map(_subclasses, direct))
 
 
 def _silence() -> None:

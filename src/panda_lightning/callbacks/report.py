@@ -100,7 +100,8 @@ class Report(pl.Callback):
             console.print(
                 f"AUROC {last['val/auroc']:.4f} after {last['epochs_trained']:g} epochs, "
                 f"{first['val/auroc']:.4f} after {first['epochs_trained']:g} "
-                f"(best epoch by test labels, oracle: {best['val/auroc']:.4f})"
+                f"(best epoch by test labels, oracle: {best['val/auroc']:.4f})",
+                soft_wrap=True,
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         draw(self._folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows)

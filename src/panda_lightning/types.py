@@ -1,7 +1,7 @@
 """What a batch is, and the error that is meant for the person at the terminal."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -11,12 +11,13 @@ class Batch(TypedDict):
 
     Shapes: image (B, 3, H, W) uint8, resized but not normalised; label (B,) int64, 1 = anomalous; index (B,)
     int64, the image's place in its data set, or -1 for a repeat that only fills up a distributed batch and
-    counts for nothing.
+    counts for nothing; mask (B, H, W) bool, True = anomalous pixel, only from data sets with masks.
     """
 
     image: Tensor
     label: Tensor
     index: Tensor
+    mask: NotRequired[Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,14 @@ class Images:
     Attributes:
         sources: N files, or an array (N, H, W) or (N, H, W, 3) uint8.
         targets: (N,) class numbers.
+        masks: N files of masks, None for an image without anomalous pixels; or None where there are no masks.
+        problems: What is wrong with the files but does not prevent their use, a sentence each.
     """
 
     sources: Sequence[Path] | npt.NDArray[np.uint8]
     targets: npt.NDArray[np.int64]
+    masks: Sequence[Path | None] | None = None
+    problems: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -41,7 +45,8 @@ class Images:
     def take(self, rows: npt.NDArray[np.int64]) -> "Images":
         """The images of these rows, in their order."""
         sources = self.sources[rows] if isinstance(self.sources, np.ndarray) else [self.sources[i] for i in rows]
-        return Images(sources, self.targets[rows])
+        masks = None if self.masks is None else [self.masks[i] for i in rows]
+        return Images(sources, self.targets[rows], masks, self.problems)
 
 
 @dataclass(frozen=True)
@@ -53,28 +58,39 @@ class View:
         crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
         resize: See crop.
         interpolation: bilinear or bicubic.
+        before: What a data set does to image and mask first, given the picture and how to resample it.
     """
 
     size: int
     crop: Literal["center", "squash"]
     resize: int
     interpolation: str
+    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
 
     def __call__(self, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Read and resize one image."""
-        image = _read(source)
-        how = Image.Resampling[self.interpolation.upper()]
-        if self.crop == "squash":
-            image = image.resize((self.size, self.size), how)
-        else:
-            scale = self.resize / min(image.size)
-            width, height = (max(self.resize, round(side * scale)) for side in image.size)
-            left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-            image = image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
+        """Read and resize one image: (3, size, size)."""
+        image = self._fit(read_rgb(source), Image.Resampling[self.interpolation.upper()])
         return np.asarray(image).transpose(2, 0, 1)
 
+    def mask(self, source: Path | None) -> npt.NDArray[np.bool_]:
+        """Read and resize one mask, above half grey being anomalous: (size, size); None is all normal."""
+        if source is None:
+            return np.zeros((self.size, self.size), dtype=np.bool_)
+        mask = Image.open(source).convert("L").point(lambda grey: 255 * (grey > 127))
+        return np.asarray(self._fit(mask, Image.Resampling.NEAREST)) > 0
 
-def _read(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
+    def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
+        if self.before is not None:
+            image = self.before(image, how)
+        if self.crop == "squash":
+            return image.resize((self.size, self.size), how)
+        scale = self.resize / min(image.size)
+        width, height = (max(self.resize, round(side * scale)) for side in image.size)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
+
+
+def read_rgb(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
     """An RGB image: grey is repeated, an alpha channel dropped, 16 bits scaled to 8."""
     image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
     if image.mode.startswith("I;16"):
@@ -147,7 +163,10 @@ class ImageDataset(Dataset[Batch]):
             image = self.pixels[real]
         else:
             image = torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in real]))
-        return {"image": image, "label": self.label[real], "index": index}
+        batch: Batch = {"image": image, "label": self.label[real], "index": index}
+        if self.images.masks is not None:
+            batch["mask"] = torch.from_numpy(np.stack([self.view.mask(self.images.masks[i]) for i in real]))
+        return batch
 
 
 def _try(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
@@ -221,6 +240,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     """
 
     classes: tuple[str, ...] = ()
+    own_split = False  # whether the split follows a rule of ours, which the run then records as a manifest
+    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None  # see View
 
     def __init__(
         self,
@@ -305,6 +326,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         if split not in self._images:
             images = self.read(split)
             self.class_number()  # an unknown class is said before an empty one
+            for problem in images.problems:
+                rank_zero_warn(f"{type(self).__name__}: {problem}")
             if split == "train":
                 images = images.take(np.flatnonzero(~self.is_anomalous(images.targets)))
                 if not len(images):
@@ -351,7 +374,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         if split not in self._datasets:
             images = self._split(split)
             interpolation = self.interpolation or (self.trainer and _interpolation(self.trainer)) or "bilinear"
-            view = View(self.image_size, self.crop, self.resize, interpolation)
+            view = View(self.image_size, self.crop, self.resize, interpolation, self.before)
             size = len(images) * 3 * self.image_size**2
             in_memory = size <= self.memory_gb * 2**30
             what = "normal training" if split == "train" else "test"

@@ -1,8 +1,20 @@
 """One data set a file."""
 
 from panda_lightning.datamodules.base import AnomalyDataModule
-from panda_lightning.datamodules.cifar import CIFAR10
+from panda_lightning.datamodules.cats_vs_dogs import CatsVsDogs
+from panda_lightning.datamodules.cifar import CIFAR10, CIFAR100
 from panda_lightning.datamodules.digits import Digits
+from panda_lightning.datamodules.fashion_mnist import FashionMNIST
 from panda_lightning.datamodules.folder import ImageFolder
+from panda_lightning.datamodules.mvtec import MVTecAD
 
-__all__ = ["CIFAR10", "AnomalyDataModule", "Digits", "ImageFolder"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "AnomalyDataModule",
+    "CatsVsDogs",
+    "Digits",
+    "FashionMNIST",
+    "ImageFolder",
+    "MVTecAD",
+]

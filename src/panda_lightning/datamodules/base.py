@@ -1,10 +1,8 @@
-"""What every data set shares: the one-class protocol, decoding, resizing, and loaders that know of processes."""
+"""What every data set shares: the one-class protocol, and loaders that know of processes."""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,175 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from rich.progress import track
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from panda_lightning.datamodules.images import ImageDataset, Images, View, _try, read_rgb
+from panda_lightning.datamodules.outliers import apart_from, read_outliers
 from panda_lightning.types import Batch, PandaError
 
+__all__ = ["AnomalyDataModule", "ImageDataset", "Images", "ShardedSampler", "Split", "View", "_try", "read_rgb"]
+
 Split = Literal["train", "test"]
-
-
-@dataclass(frozen=True)
-class Images:
-    """One split of a data set, before any protocol.
-
-    Attributes:
-        sources: N files, or an array (N, H, W) or (N, H, W, 3) uint8.
-        targets: (N,) class numbers.
-        masks: N files of masks, None for an image without anomalous pixels; or None where there are no masks.
-        problems: What is wrong with the files but does not prevent their use, a sentence each.
-    """
-
-    sources: Sequence[Path] | npt.NDArray[np.uint8]
-    targets: npt.NDArray[np.int64]
-    masks: Sequence[Path | None] | None = None
-    problems: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> "Images":
-        """The images of these rows, in their order."""
-        sources = self.sources[rows] if isinstance(self.sources, np.ndarray) else [self.sources[i] for i in rows]
-        masks = None if self.masks is None else [self.masks[i] for i in rows]
-        return Images(sources, self.targets[rows], masks, self.problems)
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image becomes (3, size, size) uint8.
-
-    Attributes:
-        size: Side in pixels.
-        crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
-        resize: See crop.
-        interpolation: bilinear or bicubic.
-        before: What a data set does to image and mask first, given the picture and how to resample it.
-    """
-
-    size: int
-    crop: Literal["center", "squash"]
-    resize: int
-    interpolation: str
-    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
-
-    def __call__(self, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Read and resize one image: (3, size, size)."""
-        image = self._fit(read_rgb(source), Image.Resampling[self.interpolation.upper()])
-        return np.asarray(image).transpose(2, 0, 1)
-
-    def mask(self, source: Path | None) -> npt.NDArray[np.bool_]:
-        """Read and resize one mask, above half grey being anomalous: (size, size); None is all normal."""
-        if source is None:
-            return np.zeros((self.size, self.size), dtype=np.bool_)
-        mask = Image.open(source).convert("L").point(lambda grey: 255 * (grey > 127))
-        return np.asarray(self._fit(mask, Image.Resampling.NEAREST)) > 0
-
-    def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
-        if self.before is not None:
-            image = self.before(image, how)
-        if self.crop == "squash":
-            return image.resize((self.size, self.size), how)
-        scale = self.resize / min(image.size)
-        width, height = (max(self.resize, round(side * scale)) for side in image.size)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
-
-
-def read_rgb(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
-    """An RGB image: grey is repeated, an alpha channel dropped, 16 bits scaled to 8."""
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-class ImageDataset(Dataset[Batch]):
-    """Resized uint8 images with label and index; decoded once into memory, or at every access.
-
-    Args:
-        images: What to read.
-        anomalous: (N,) bool.
-        view: How images are resized.
-        in_memory: Decode everything now.
-        skip_unreadable: Leave out, and count, files that are not images, instead of raising.
-        title: What the progress bar says.
-
-    Raises:
-        PandaError: Naming the files that cannot be read.
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        anomalous: npt.NDArray[np.bool_],
-        view: View,
-        in_memory: bool,
-        skip_unreadable: bool,
-        title: str,
-    ) -> None:
-        self.view = view
-        pixels: list[npt.NDArray[np.uint8]] = []
-        bad: dict[int, str] = {}
-        rows = range(len(images))
-        # Also where images stay on disk: a file that cannot be read is named now, not in the night.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(lambda i: _try(view, images.sources[i]), rows)
-            for i, image in track(zip(rows, decoded, strict=True), title, total=len(images), transient=True):
-                if isinstance(image, str):
-                    bad[i] = image
-                elif in_memory:
-                    pixels.append(image)
-        if bad:
-            names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
-            listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
-            if not skip_unreadable or len(bad) == len(images):
-                raise PandaError(
-                    f"{len(bad)} of {len(images)} images cannot be read: {listed}. Mend or remove them, or set "
-                    "data.on_error=skip."
-                )
-            rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
-            good = np.array([i for i in rows if i not in bad])
-            images, anomalous = images.take(good), anomalous[good]
-        self.images = images
-        self.label = torch.from_numpy(anomalous.astype(np.int64))
-        self.pixels = torch.from_numpy(np.stack(pixels)) if in_memory else None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> Batch:
-        return self.__getitems__([row])
-
-    def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A whole batch at once; row -1 is a filler, shown as image 0 with index -1."""
-        index = torch.tensor(rows)
-        real = index.clamp(min=0)
-        if self.pixels is not None:
-            image = self.pixels[real]
-        else:
-            image = torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in real]))
-        batch: Batch = {"image": image, "label": self.label[real], "index": index}
-        if self.images.masks is not None:
-            batch["mask"] = torch.from_numpy(np.stack([self.view.mask(self.images.masks[i]) for i in real]))
-        return batch
-
-
-def _try(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
-    try:
-        return view(source)
-    except UnidentifiedImageError:
-        return "empty file" if isinstance(source, Path) and not source.stat().st_size else "not an image"
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # all that Pillow raises
-        return str(error)
 
 
 class ShardedSampler(DistributedSampler[int]):
@@ -237,6 +78,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         num_workers: Worker processes for images that stay on disk; None is the number of processors, at most 8.
         on_error: raise names unreadable images and stops; skip leaves them out and counts them.
         seed: Seed of the training images' order.
+        outliers: Images for outlier exposure: a folder, a ``.npy`` file (N, H, W, 3) uint8 such as
+            300K_random_images.npy, or a data set of this project as ``CLASS:ROOT``.
     """
 
     classes: tuple[str, ...] = ()
@@ -260,6 +103,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         num_workers: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         seed: int = 0,
+        outliers: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -279,8 +123,9 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.on_error = on_error
         self.seed = seed
+        self.outliers = outliers
         self._images: dict[Split, Images] = {}
-        self._datasets: dict[Split, ImageDataset] = {}
+        self._datasets: dict[str, ImageDataset] = {}
 
     @abstractmethod
     def read(self, split: Split) -> Images:
@@ -370,30 +215,21 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _dataset(self, split: Split) -> ImageDataset:
-        if split not in self._datasets:
-            images = self._split(split)
+    def _decoded(self, what: str, images: Images, anomalous: npt.NDArray[np.bool_]) -> ImageDataset:
+        if what not in self._datasets:
             interpolation = self.interpolation or (self.trainer and _interpolation(self.trainer)) or "bilinear"
             view = View(self.image_size, self.crop, self.resize, interpolation, self.before)
             size = len(images) * 3 * self.image_size**2
             in_memory = size <= self.memory_gb * 2**30
-            what = "normal training" if split == "train" else "test"
             rank_zero_info(
                 f"{type(self).__name__}: {len(images)} {what} images, {view.size} px, "
                 + (f"decoded to {size / 2**20:.0f} MiB of memory" if in_memory else "read from disk at every access")
             )
-            self._datasets[split] = ImageDataset(
-                images,
-                self.is_anomalous(images.targets),
-                view,
-                in_memory,
-                self.on_error == "skip",
-                f"Decoding {what} images",
-            )
-        return self._datasets[split]
+            skip = self.on_error == "skip"
+            self._datasets[what] = ImageDataset(images, anomalous, view, in_memory, skip, f"Decoding {what} images")
+        return self._datasets[what]
 
-    def _loader(self, split: Split, train: bool = False) -> DataLoader[Batch]:
-        dataset = self._dataset(split)
+    def _loader(self, dataset: ImageDataset, train: bool = False) -> DataLoader[Batch]:
         rank = self.trainer.global_rank if self.trainer else 0
         workers = 0
         if dataset.pixels is None:
@@ -407,20 +243,45 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def _normal_dataset(self) -> ImageDataset:
+        images = self.normal_images
+        return self._decoded("normal training", images, np.zeros(len(images), dtype=np.bool_))
+
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("train", train=True)
+        return self._loader(self._normal_dataset(), train=True)
 
     def normal_dataloader(self) -> DataLoader[Batch]:
         """The normal training images in order, each once over all processes: for the bank."""
-        return self._loader("train")
+        return self._loader(self._normal_dataset())
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("test")
+        images = self.test_images
+        return self._loader(self._decoded("test", images, self.is_anomalous(images.targets)))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def outlier_dataloader(self) -> DataLoader[Batch]:
+        """Training batches of ``outliers``, label 1, without what is, or nearly is, a test image.
+
+        Raises:
+            PandaError: If there is no such source.
+        """
+        if self.outliers is None:
+            raise PandaError(
+                "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
+                ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
+            )
+        if "outlier" not in self._datasets:
+            images = read_outliers(self.outliers, {cls.__name__: cls for cls in _subclasses(AnomalyDataModule)})
+            kept = apart_from(self.test_images, images)
+            rank_zero_info(
+                f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
+            )
+            self._decoded("outlier", images.take(kept), np.ones(len(kept), dtype=np.bool_))
+        return self._loader(self._datasets["outlier"], train=True)
 
 
 def _as_is(batch: Any) -> Any:
@@ -431,3 +292,8 @@ def _interpolation(trainer: pl.Trainer) -> str | None:
     """The interpolation of the detector's network, if it has one."""
     backbone = getattr(trainer.lightning_module, "backbone", None)
     return getattr(backbone, "interpolation", None)
+
+
+def _subclasses(base: type[Any]) -> list[type[Any]]:
+    direct: list[type[Any]] = base.__subclasses__()
+    return [*direct, *(sub for cls in direct for sub in _subclasses(cls))]

@@ -1,51 +1,76 @@
-"""CIFAR-10 from the official archive."""
+"""CIFAR-10 and CIFAR-100 from the official archives."""
 
 import pickle
+from typing import ClassVar
 
 import numpy as np
-from torchvision.datasets.utils import download_and_extract_archive
 from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
+from panda_lightning.datamodules.download import fetch, unpack
 from panda_lightning.types import PandaError
 
 
 class CIFAR10(AnomalyDataModule):
     """60,000 natural images of 32 x 32 pixels, 5,000 + 1,000 a class (Krizhevsky 2009), as official pickles.
 
-    Expects ``root/cifar-10-batches-py/`` and fetches it if it is not there.
+    Expects ``root/cifar-10-batches-py/`` and fetches it if it is not there. Official split.
     """
 
-    URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    MD5 = "c58f30108f718f92721af3b95e74349a"
-    FOLDER = "cifar-10-batches-py"
-    FILES: dict[Split, tuple[str, ...]] = {  # noqa: RUF012
+    url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    checksum: ClassVar[str] = "md5:c58f30108f718f92721af3b95e74349a"
+    folder: ClassVar[str] = "cifar-10-batches-py"
+    label_key: ClassVar[bytes] = b"labels"
+    files: ClassVar[dict[Split, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
         "test": ("test_batch",),
     }
-    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    classes: tuple[str, ...] = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
 
     @override
     def prepare_data(self) -> None:
-        if (self.root / self.FOLDER).is_dir():
-            return
-        try:
-            download_and_extract_archive(self.URL, str(self.root), md5=self.MD5)
-        except (OSError, RuntimeError) as error:
-            raise PandaError(
-                f"CIFAR-10 is not in {self.root / self.FOLDER} and cannot be downloaded ({error}): fetch {self.URL} "
-                f"elsewhere and unpack it in {self.root}, or say where it is with --data.root."
-            ) from error
+        if not (self.root / self.folder).is_dir():
+            unpack(fetch(self.url, self.root, self.checksum), self.root)
 
     @override
     def read(self, split: Split) -> Images:
         pixels, targets = [], []
-        for name in self.FILES[split]:
-            path = self.root / self.FOLDER / name
+        for name in self.files[split]:
+            path = self.root / self.folder / name
             if not path.is_file():
-                raise PandaError(f"{path} is missing: unpack {self.URL} in {self.root}, or set --data.root.")
+                raise PandaError(f"{path} is missing: unpack {self.url} in {self.root}, or set --data.root.")
             with path.open("rb") as file:
                 batch = pickle.load(file, encoding="bytes")
             pixels.append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-            targets.extend(batch[b"labels"])
+            targets.extend(batch[self.label_key])
         return Images(np.concatenate(pixels), np.array(targets, dtype=np.int64))
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100 by its 20 superclasses, 2,500 + 500 images each (Krizhevsky 2009), as official pickles.
+
+    Expects ``root/cifar-100-python/`` and fetches it if it is not there. Official split, ``coarse_labels``.
+    """
+
+    url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    checksum = "md5:eb9058c3a382ffc7106e4002c42a8d85"
+    folder = "cifar-100-python"
+    label_key = b"coarse_labels"
+    files: ClassVar[dict[Split, tuple[str, ...]]] = {"train": ("train",), "test": ("test",)}
+    classes = (
+        "aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables", "household_electrical_devices",
+        "household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things",
+        "large_natural_outdoor_scenes", "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates",
+        "people", "reptiles", "small_mammals", "trees", "vehicles_1", "vehicles_2",
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Fashion-MNIST from the official idx files."""
+
+import gzip
+from typing import ClassVar
+
+import numpy as np
+from torchvision.datasets import FashionMNIST as Official
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from typing_extensions import override
+
+from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
+from panda_lightning.datamodules.download import fetch
+from panda_lightning.types import PandaError
+
+
+class FashionMNIST(AnomalyDataModule):
+    """70,000 grey images of clothes, 28 x 28 pixels, 6,000 + 1,000 a class (Xiao et al. 2017, MIT licence).
+
+    Expects the four idx files in ``root/FashionMNIST/raw/``, plain or gzipped, and fetches those that are not there.
+    Official split.
+    """
+
+    classes = (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    )  # fmt: skip
+    stem: ClassVar[dict[Split, str]] = {"train": "train", "test": "t10k"}
+
+    @override
+    def prepare_data(self) -> None:
+        folder = self.root / "FashionMNIST" / "raw"
+        for name, md5 in Official.resources:  # the addresses and checksums that torchvision keeps up to date
+            plain = folder / name.removesuffix(".gz")
+            if not plain.is_file():
+                packed = fetch(Official.mirrors[0] + name, folder, f"md5:{md5}")
+                part = plain.with_suffix(".part")
+                with gzip.open(packed) as source:
+                    part.write_bytes(source.read())
+                part.replace(plain)
+
+    @override
+    def read(self, split: Split) -> Images:
+        folder = self.root / "FashionMNIST" / "raw"
+        paths = [folder / f"{self.stem[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        for path in paths:
+            if not path.is_file():
+                raise PandaError(
+                    f"{path} is missing: put the idx files of {Official.mirrors[0]} there, or set --data.root."
+                )
+        pixels, targets = read_image_file(str(paths[0])), read_label_file(str(paths[1]))
+        return Images(pixels.numpy(), targets.numpy().astype(np.int64))

@@ -1,0 +1,180 @@
+"""Images of a data set: where they are, how they are resized, and as a torch Dataset."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from pytorch_lightning.utilities import rank_zero_warn
+from rich.progress import track
+from torch.utils.data import Dataset
+
+from panda_lightning.types import Batch, PandaError
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split of a data set, before any protocol.
+
+    Attributes:
+        sources: N files, or an array (N, H, W) or (N, H, W, 3) uint8.
+        targets: (N,) class numbers.
+        masks: N files of masks, None for an image without anomalous pixels; or None where there are no masks.
+        problems: What is wrong with the files but does not prevent their use, a sentence each.
+    """
+
+    sources: Sequence[Path] | npt.NDArray[np.uint8]
+    targets: npt.NDArray[np.int64]
+    masks: Sequence[Path | None] | None = None
+    problems: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Images":
+        """The images of these rows, in their order."""
+        # a mapped file is not to be read into memory by choosing some of it
+        loaded = isinstance(self.sources, np.ndarray) and not isinstance(self.sources, np.memmap)
+        sources: Any = self.sources[rows] if loaded else [self.sources[i] for i in rows]
+        masks = None if self.masks is None else [self.masks[i] for i in rows]
+        return Images(sources, self.targets[rows], masks, self.problems)
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes (3, size, size) uint8.
+
+    Attributes:
+        size: Side in pixels.
+        crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
+        resize: See crop.
+        interpolation: bilinear or bicubic.
+        before: What a data set does to image and mask first, given the picture and how to resample it.
+    """
+
+    size: int
+    crop: Literal["center", "squash"]
+    resize: int
+    interpolation: str
+    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
+
+    def __call__(self, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Read and resize one image: (3, size, size)."""
+        image = self._fit(read_rgb(source), Image.Resampling[self.interpolation.upper()])
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def mask(self, source: Path | None) -> npt.NDArray[np.bool_]:
+        """Read and resize one mask, above half grey being anomalous: (size, size); None is all normal."""
+        if source is None:
+            return np.zeros((self.size, self.size), dtype=np.bool_)
+        mask = Image.open(source).convert("L").point(lambda grey: 255 * (grey > 127))
+        return np.asarray(self._fit(mask, Image.Resampling.NEAREST)) > 0
+
+    def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
+        if self.before is not None:
+            image = self.before(image, how)
+        if self.crop == "squash":
+            return image.resize((self.size, self.size), how)
+        scale = self.resize / min(image.size)
+        width, height = (max(self.resize, round(side * scale)) for side in image.size)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
+
+
+def read_rgb(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
+    """An RGB image: grey is repeated, an alpha channel dropped, 16 bits scaled to 8."""
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class ImageDataset(Dataset[Batch]):
+    """Resized uint8 images with label and index; decoded once into memory, or at every access.
+
+    Args:
+        images: What to read.
+        anomalous: (N,) bool.
+        view: How images are resized.
+        in_memory: Decode everything now.
+        skip_unreadable: Leave out, and count, files that are not images, instead of raising.
+        title: What the progress bar says.
+
+    Raises:
+        PandaError: Naming the files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        anomalous: npt.NDArray[np.bool_],
+        view: View,
+        in_memory: bool,
+        skip_unreadable: bool,
+        title: str,
+    ) -> None:
+        self.view = view
+        self.pixels = torch.empty((len(images), 3, view.size, view.size), dtype=torch.uint8) if in_memory else None
+        bad: dict[int, str] = {}
+        # Files are read also where they stay on disk: one that cannot be read is named now, not in the night.
+        rows = range(len(images)) if in_memory or not isinstance(images.sources, np.ndarray) else range(0)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = pool.map(lambda i: _try(view, images.sources[i]), rows)
+            for i, image in track(zip(rows, decoded, strict=True), title, total=len(rows), transient=True):
+                if isinstance(image, str):
+                    bad[i] = image
+                elif self.pixels is not None:
+                    self.pixels[i] = torch.from_numpy(image)
+        if bad:
+            names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
+            listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+            if not skip_unreadable or len(bad) == len(images):
+                raise PandaError(
+                    f"{len(bad)} of {len(images)} images cannot be read: {listed}. Mend or remove them, or set "
+                    "data.on_error=skip."
+                )
+            rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
+            good = np.array([i for i in rows if i not in bad])
+            images, anomalous = images.take(good), anomalous[good]
+            self.pixels = None if self.pixels is None else self.pixels[good]
+        self.images = images
+        self.label = torch.from_numpy(anomalous.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Batch:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """A whole batch at once; row -1 is a filler, shown as image 0 with index -1."""
+        index = torch.tensor(rows)
+        real = index.clamp(min=0)
+        if self.pixels is not None:
+            image = self.pixels[real]
+        else:
+            image = torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in real]))
+        batch: Batch = {"image": image, "label": self.label[real], "index": index}
+        if self.images.masks is not None:
+            batch["mask"] = torch.from_numpy(np.stack([self.view.mask(self.images.masks[i]) for i in real]))
+        return batch
+
+
+def _try(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
+    try:
+        return view(source)
+    except UnidentifiedImageError:
+        return "empty file" if isinstance(source, Path) and not source.stat().st_size else "not an image"
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # all that Pillow raises
+        return str(error)

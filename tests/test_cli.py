@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.conftest import fast, make_folder
-from tests.datamodules.official import make_cifar10
+from tests.datamodules import official
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
@@ -20,8 +20,12 @@ VARIANTS = sorted((ROOT / "conf/variants").glob("*.yaml"))
 # What makes a shipped config small enough for a test; everything else of it stays.
 TINY = {
     "digits": ["--data.train_limit=9", "--data.test_limit=30"],
-    "cifar10": ["--data.root=official", "--model.backbone=panda_tiny", "--data.image_size=32"],
     "folder": ["--data.root=images", "--model.backbone=panda_tiny", "--data.image_size=32", "--data.normal_class=spot"],
+}
+SMALL = ["--data.root=official", "--model.backbone=panda_tiny", "--data.image_size=32"]  # the others
+MORE = {
+    "dior": ["--data.min_side=20", "--data.min_count=2"],
+    "hyper_kvasir": ["--data.test_normals=4"],
 }
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -38,11 +42,16 @@ def curve(folder: Path, key: str = "val/auroc") -> list[tuple[float, float]]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("variant", [None, *VARIANTS], ids=lambda path: path.stem if path else "plain")
 def test_every_shipped_config_runs(config, variant, run, workdir):
-    make_cifar10(workdir / "official")
+    official.make_everything(workdir / "official")
     make_folder(workdir / "images")
     trains = variant is None or variant.stem != "dn2"
     words = ["fit" if trains else "test", f"--config={config}", *([f"--config={variant}"] if variant else [])]
-    words += [*QUICK, *TINY[config.stem], *(["--trainer.max_epochs=1"] if trains else [])]
+    words += [
+        *QUICK,
+        *TINY.get(config.stem, SMALL),
+        *MORE.get(config.stem, []),
+        *(["--trainer.max_epochs=1"] if trains else []),
+    ]
     out = run(*words)
     folder = workdir / "runs" / config.stem / "version_0"
     assert (folder / "report.png").is_file()
@@ -146,6 +155,8 @@ def refusal(run, capsys, *words: object) -> str:
         (["--model.fisher=/nonexistent"], "fisher=/nonexistent is neither a file"),
         (["--ckpt_path=/nonexistent.ckpt"], "ckpt_path=/nonexistent.ckpt is not a file"),
         (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
+        (["--data.resize=3"], "resize=3 is smaller than image_size=32"),
+        (["--model.adapt_stages=0"], "adapt_stages=0 leaves nothing to adapt"),
         (["--data.crop=centre"], r"expected one of \['center', 'squash'\]. Got value: centre"),
         (["--model=PANDAA"], "PANDAA. There are the detectors DN2, PANDA.* and the data sets .*CIFAR10"),
     ],

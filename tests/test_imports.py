@@ -12,7 +12,8 @@ LAYERS = [
     {"features", "fisher"},
     {"callbacks", "datamodules"},
     {"detectors"},
-    {"cli", "tools"},
+    {"cli"},
+    {"tools"},
 ]
 
 

@@ -4,7 +4,18 @@ Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) 
 """
 
 from panda_lightning.backbones import Backbone
-from panda_lightning.datamodules import CIFAR10, AnomalyDataModule, Digits, ImageFolder
+from panda_lightning.datamodules import (
+    CIFAR10,
+    CIFAR100,
+    DIOR,
+    AnomalyDataModule,
+    CatsVsDogs,
+    Digits,
+    FashionMNIST,
+    HyperKvasir,
+    ImageFolder,
+    MVTecAD,
+)
 from panda_lightning.detectors import DN2, PANDA, Detector
 from panda_lightning.knn import KNNIndex
 from panda_lightning.loggers import AutoWandbLogger
@@ -13,16 +24,22 @@ from panda_lightning.types import Batch, PandaError
 
 __all__ = [
     "CIFAR10",
+    "CIFAR100",
+    "DIOR",
     "DN2",
     "PANDA",
     "AnomalyDataModule",
     "AutoWandbLogger",
     "Backbone",
     "Batch",
+    "CatsVsDogs",
     "Detector",
     "Digits",
+    "FashionMNIST",
+    "HyperKvasir",
     "ImageFolder",
     "KNNIndex",
+    "MVTecAD",
     "PandaError",
     "auroc",
 ]

@@ -102,8 +102,11 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except PandaError as error:
-        sys.exit(f"error: {error}")
+    except ValueError as error:
+        refusal = error if isinstance(error, PandaError) else error.__cause__  # jsonargparse wraps a constructor's
+        if not isinstance(refusal, PandaError):
+            raise
+        sys.exit(f"error: {refusal}")
 
 
 def _subclasses(base: type[Any]) -> set[type[Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tests.conftest import picture
-
+from tests.datamodules.official_medical_aerial import make_dior, make_labeled, make_segmented
 
 # The fine classes of CIFAR-100's superclasses 0 to 19 (Krizhevsky 2009).
 FINE = """
@@ -49,7 +49,9 @@ class _Python2Pickler(pickle._Pickler):
     dispatch[bytes] = save_bytes
 
 
-def write_cifar(folder: Path, images: np.ndarray, targets: np.ndarray, names: list[str], key: bytes = b"labels") -> None:
+def write_cifar(
+    folder: Path, images: np.ndarray, targets: np.ndarray, names: list[str], key: bytes = b"labels"
+) -> None:
     """Write (N, 32, 32, 3) uint8 images as official pickles: one file a name."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
@@ -128,3 +130,16 @@ def make_mvtec(root: Path, category: str = "bottle", mode: str = "RGB", train: i
     mask[:20] = 255
     for i in range(test):
         Image.fromarray(mask).save(truth / f"{i:03d}_mask.png")
+
+
+def make_everything(root: Path) -> None:
+    """All data sets of the project that have files, small, in one root."""
+    make_cifar10(root)
+    make_cifar100(root)
+    make_fashion_mnist(root)
+    make_cats_vs_dogs(root)
+    make_mvtec(root)
+    boxes = {f"{n:05d}": [("ship", (2, 2, 40, 40)), ("harbor", (30, 10, 70, 50))] for n in range(1, 7)}
+    make_dior(root, boxes, {f"{n:05d}": objects for n, objects in zip(range(11, 14), boxes.values(), strict=False)})
+    make_labeled(root, {"cecum": 6, "ileum": 4})
+    make_segmented(root)

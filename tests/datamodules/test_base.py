@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
@@ -180,3 +181,18 @@ def test_what_cannot_work_is_said_in_setup(options, words):
 def test_a_resize_below_the_crop_is_refused():
     with pytest.raises(PandaError, match="resize=100 is smaller than image_size=224"):
         Digits(normal_class=0, resize=100)
+
+
+def test_a_split_of_ours_is_kept_with_the_run(tmp_path):
+    from panda_lightning import DN2, CatsVsDogs
+    from tests.datamodules.official import make_cats_vs_dogs
+
+    make_cats_vs_dogs(tmp_path / "data")
+    logger = pl.loggers.CSVLogger(tmp_path, name="run", version=0)
+    trainer = pl.Trainer(accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False)
+    data = CatsVsDogs(root=str(tmp_path / "data"), normal_class="cat", image_size=32)
+    trainer.test(DN2("panda_tiny"), data, verbose=False)
+    lines = (tmp_path / "run/version_0/manifest.csv").read_text().splitlines()
+    assert lines[0] == "file,split,label"
+    assert lines[1] == "PetImages/Cat/10000.jpg,test,0"
+    assert len(lines) == 1 + 6 + 8

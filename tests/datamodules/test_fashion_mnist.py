@@ -4,7 +4,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from torchvision.datasets import FashionMNIST as Official  # noqa: N811
+from torchvision.datasets import FashionMNIST as Official
 
 from panda_lightning import PandaError
 from panda_lightning.datamodules import FashionMNIST

@@ -31,7 +31,7 @@ def test_sources(tmp_path, folder):
 
 
 def test_what_is_none_is_refused(tmp_path):
-    with pytest.raises(PandaError, match="neither a folder, nor a .npy file, nor CLASS:ROOT with one of CIFAR10, Digits"):
+    with pytest.raises(PandaError, match="nor a .npy file, nor CLASS:ROOT with one of CIFAR10, Digits"):
         read_outliers("CIFAR11:data", DATASETS)
     np.save(tmp_path / "x.npy", np.zeros((4, 32, 32)))
     with pytest.raises(PandaError, match=r"float64 \(4, 32, 32\): expected uint8 \(N, H, W, 3\)"):

@@ -15,11 +15,12 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from panda_lightning.datamodules.images import ImageDataset, Images, View, _try, read_rgb
+from panda_lightning.datamodules.images import ImageDataset, Images, View
+from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import apart_from, read_outliers
 from panda_lightning.types import Batch, PandaError
 
-__all__ = ["AnomalyDataModule", "ImageDataset", "Images", "ShardedSampler", "Split", "View", "_try", "read_rgb"]
+__all__ = ["AnomalyDataModule", "Images", "ShardedSampler", "Split", "View"]
 
 Split = Literal["train", "test"]
 
@@ -208,6 +209,12 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
                 f"batch_size={self.batch_size} is shared by {self._world} processes: "
                 f"choose a multiple of {self._world}."
             )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
+        if self.trainer and folder and self.trainer.is_global_zero:
+            (Path(folder) / "manifest.csv").write_text(manifest(self, tuple(self._images)))
 
     # ---- loaders -------------------------------------------------------------------------------------------------
 

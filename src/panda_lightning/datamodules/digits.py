@@ -10,6 +10,7 @@ class Digits(AnomalyDataModule):
     """1,797 grey digits of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI). Even rows train, odd rows test: our split."""
 
     classes = tuple("0123456789")
+    own_split = True
 
     @override
     def read(self, split: Split) -> Images:

@@ -27,23 +27,39 @@ class Images:
         targets: (N,) class numbers.
         masks: N files of masks, None for an image without anomalous pixels; or None where there are no masks.
         problems: What is wrong with the files but does not prevent their use, a sentence each.
+        rows: (N,) places in the whole split, where these are some of it.
     """
 
     sources: Sequence[Path] | npt.NDArray[np.uint8]
     targets: npt.NDArray[np.int64]
     masks: Sequence[Path | None] | None = None
     problems: tuple[str, ...] = ()
+    rows: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Images":
         """The images of these rows, in their order."""
-        # a mapped file is not to be read into memory by choosing some of it
-        loaded = isinstance(self.sources, np.ndarray) and not isinstance(self.sources, np.memmap)
-        sources: Any = self.sources[rows] if loaded else [self.sources[i] for i in rows]
+        sources: Any
+        if isinstance(self.sources, np.ndarray) and not isinstance(self.sources, np.memmap):
+            sources = self.sources[rows]
+        else:  # nor is a mapped file read into memory by choosing some of it
+            sources = [self.sources[i] for i in rows]
         masks = None if self.masks is None else [self.masks[i] for i in rows]
-        return Images(sources, self.targets[rows], masks, self.problems)
+        return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
+
+
+def find_folder(root: Path, *choices: str) -> Path | None:
+    """The folder of one of these paths in root or in a folder of it; where it is doubled, the inner one."""
+    for above in ("", "*/"):
+        for choice in choices:
+            first, last = choice.split("/")[0], choice.split("/")[-1]
+            for pattern in (f"{choice}/{last}", f"{first}/{choice}", choice):
+                for path in sorted(root.glob(above + pattern)):
+                    if path.is_dir():
+                        return path
+    return None
 
 
 @dataclass(frozen=True)
@@ -123,14 +139,15 @@ class ImageDataset(Dataset[Batch]):
         self.pixels = torch.empty((len(images), 3, view.size, view.size), dtype=torch.uint8) if in_memory else None
         bad: dict[int, str] = {}
         # Files are read also where they stay on disk: one that cannot be read is named now, not in the night.
-        rows = range(len(images)) if in_memory or not isinstance(images.sources, np.ndarray) else range(0)
+        files = len(images) > 0 and isinstance(images.sources[0], Path)
+        rows = range(len(images) if in_memory or files else 0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(lambda i: _try(view, images.sources[i]), rows)
+            decoded = pool.map(lambda i: decode(view, images.sources[i]), rows)
             for i, image in track(zip(rows, decoded, strict=True), title, total=len(rows), transient=True):
                 if isinstance(image, str):
                     bad[i] = image
                 elif self.pixels is not None:
-                    self.pixels[i] = torch.from_numpy(image)
+                    self.pixels.numpy()[i] = image
         if bad:
             names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
             listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
@@ -166,7 +183,8 @@ class ImageDataset(Dataset[Batch]):
         return batch
 
 
-def _try(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
+def decode(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
+    """The image (3, size, size), or why it cannot be read."""
     try:
         return view(source)
     except UnidentifiedImageError:

@@ -1,0 +1,151 @@
+"""Hyper-Kvasir: polyps in colonoscopy."""
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from typing_extensions import override
+
+from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
+from panda_lightning.datamodules.images import find_folder
+from panda_lightning.types import PandaError
+
+
+class HyperKvasir(AnomalyDataModule):
+    """Colonoscopy (Borgli et al. 2020): 2,166 normal images to learn from, 1,000 polyps with masks to find.
+
+    Expects ``labeled-images/`` and ``segmented-images/{images,masks}/`` in ``root``, in a folder of it, or doubled.
+    Normal is cecum, ileum and bbps-2-3 of the lower tract, by folder and by the CSV files of labels. Anomalous are the
+    segmented polyps; those of ``labeled-images`` are the same pictures and are never used.
+
+    The split of the normal images is ours: they are put in the order of sha256("<split_seed>/<file name without
+    suffix>"), the first ``test_normals`` test and the others train. So it depends neither on where files lie nor on
+    the order they are listed in.
+
+    Black margins differ between the sources and give the label away: ``crop_margins`` resizes image and mask to 512 x
+    512 pixels and keeps (45, 45, 475, 475) before the usual resizing. Results without it are not comparable.
+
+    Args:
+        normal_class: normal or polyp.
+        test_normals: How many normal images test.
+        split_seed: Seed of the split.
+        crop_margins: Cut the margins off first.
+        **kwargs: Those of AnomalyDataModule.
+    """
+
+    NORMAL = ("cecum", "ileum", "bbps23")  # as canonical() writes them
+    classes = ("normal", "polyp")
+    own_split = True
+
+    def __init__(
+        self,
+        normal_class: int | str = "normal",
+        test_normals: int = 500,
+        split_seed: int = 0,
+        crop_margins: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(normal_class=normal_class, **kwargs)
+        if test_normals < 1:
+            raise PandaError(f"test_normals={test_normals}: AUROC needs normal test images, so choose 1 or more.")
+        self.test_normals = test_normals
+        self.split_seed = split_seed
+        if crop_margins:
+            self.before = crop
+
+    @override
+    def read(self, split: Split) -> Images:
+        normals, problems = self._normals()
+        ranked = sorted(normals, key=lambda name: hashlib.sha256(f"{self.split_seed}/{name}".encode()).digest())
+        if split == "train":
+            if not normals:
+                raise PandaError(" ".join(problems) or self._missing("labeled-images/lower-gi-tract"))
+            chosen = sorted(ranked[self.test_normals :])
+            if not chosen:
+                raise PandaError(
+                    f"test_normals={self.test_normals} of {len(normals)} normal images leaves none to train on: "
+                    "choose fewer."
+                )
+            return Images([normals[name] for name in chosen], np.zeros(len(chosen), dtype=np.int64), None, problems)
+        folder = find_folder(self.root, "segmented-images")
+        polyps = _by_stem(folder / "images") if folder else {}
+        if folder is None or not polyps:
+            raise PandaError(self._missing("segmented-images/images"))
+        chosen = sorted(ranked[: self.test_normals])
+        targets = np.repeat(np.array([0, 1], dtype=np.int64), [len(chosen), len(polyps)])
+        sources = [normals[name] for name in chosen] + [polyps[name] for name in sorted(polyps)]
+        drawn = _by_stem(folder / "masks")
+        without = sorted(polyps.keys() - drawn.keys())
+        if without:
+            problem = (
+                f"{len(without)} of {len(polyps)} polyps have no mask in {folder / 'masks'} ({_listed(without)}): "
+                "images are scored, pixels are not."
+            )
+            return Images(sources, targets, None, (*problems, problem))
+        masks = [None for _ in chosen] + [drawn[name] for name in sorted(polyps)]
+        return Images(sources, targets, masks, problems)
+
+    def _normals(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        """The normal images by file name without suffix, and what is wrong with them."""
+        folder = find_folder(self.root, "labeled-images")
+        if folder is None:
+            return {}, (self._missing("labeled-images"),)
+        files = _by_stem(folder)
+        listed: set[str] = set()
+        for path in {*self.root.glob("*.csv"), *folder.parent.glob("*.csv"), *folder.glob("*.csv")}:
+            listed |= _normal_rows(path)
+        normals = {
+            name: path
+            for name, path in files.items()
+            if name in listed or ("lower-gi-tract" in path.parts and canonical(path.parent.name) in self.NORMAL)
+        }
+        absent = sorted(listed - files.keys())
+        if absent:
+            problem = (
+                f"{len(absent)} of the {len(listed)} normal images in the CSV files of labels have no file in "
+                f"{folder} ({_listed(absent)}): unpack hyper-kvasir-labeled-images.zip again."
+            )
+            return normals, (problem,)
+        return normals, () if normals else (self._missing("labeled-images/lower-gi-tract"),)
+
+    def _missing(self, what: str) -> str:
+        return (
+            f"Hyper-Kvasir has no images in {self.root / what}: agree to the terms at "
+            "https://datasets.simula.no/hyper-kvasir, download hyper-kvasir-labeled-images.zip and "
+            f"hyper-kvasir-segmented-images.zip, and unpack both in {self.root}, so that "
+            "labeled-images/lower-gi-tract/*/<class>/*.jpg and segmented-images/{images,masks}/*.jpg are there; or "
+            "set --data.root."
+        )
+
+
+def crop(image: Image.Image, how: Image.Resampling) -> Image.Image:
+    """Resize to 512 x 512 pixels and cut the margins off: 430 x 430."""
+    return image.resize((512, 512), how).crop((45, 45, 475, 475))
+
+
+def canonical(class_name: str) -> str:
+    """One spelling of a class: normal-cecum, Cecum and cecum are cecum; BBPS 2-3 and bbps-2-3 are bbps23."""
+    name = "".join(char for char in class_name.lower() if char.isalnum())
+    return name.removeprefix("normal").removeprefix("terminal")
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.rglob("*.jpg"))}
+
+
+def _normal_rows(path: Path) -> set[str]:
+    """File names without suffix of the rows with a normal class in any column; none where it lists no images."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline()
+        delimiter = ";" if ";" in header else ","
+        if canonical(header.split(delimiter)[0]) not in ("filename", "videofile"):
+            return set()
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    return {Path(row[0]).stem for row in rows if any(canonical(cell) in HyperKvasir.NORMAL for cell in row[1:])}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

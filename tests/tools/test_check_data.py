@@ -1,0 +1,294 @@
+"""``panda check-data`` as a user calls it, in this process."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from panda_lightning import ImageFolder, PandaError
+from panda_lightning.datamodules.images import Images
+from panda_lightning.tools import check_data, main
+from tests.conftest import make_folder, picture
+from tests.datamodules.official import make_cifar10, write_cifar10
+
+ROOT = Path(__file__).parents[2]
+
+
+class MaskedFolder(ImageFolder):
+    """A mask for the first anomalous test image, and a problem."""
+
+    own_split = True
+
+    def read(self, split):
+        images = super().read(split)
+        if split == "train":
+            return images
+        masks = [None] * len(images)
+        masks[-1] = self.root / "mask.png"
+        return Images(images.sources, images.targets, masks, ("two masks have no image",))
+
+
+@pytest.fixture
+def panda(workdir, capsys):
+    def call(*words):
+        status = main(["check-data", *map(str, words)])
+        text = capsys.readouterr()
+        assert "Traceback" not in text.out + text.err
+        return status, text.out
+
+    return call
+
+
+@pytest.fixture
+def words(folder):
+    return [f"--config={ROOT}/conf/folder.yaml", f"--data.root={folder}", "--data.image_size=32"]
+
+
+def row(out: str, heading: str) -> list[str]:
+    """The cells of a table's row."""
+    line = next(line for line in out.splitlines() if re.match(rf" *{re.escape(heading)}  ", line))
+    return re.split(r"  +", line.strip())[1:]
+
+
+def defects(out: str) -> list[str]:
+    head, _, rest = out.partition(" defects:\n") if " defects:\n" in out else out.partition(" defect:\n")
+    lines = [line for line in rest.splitlines() if line.startswith("- ")]
+    assert int(head.splitlines()[-1]) == len(lines)
+    return lines
+
+
+def ink(path: Path) -> float:
+    with Image.open(path) as image:
+        return float((np.asarray(image.convert("L")) < 128).mean())
+
+
+def test_a_clean_folder(panda, words, folder):
+    (folder / "train/stripe").mkdir()
+    picture("stripe", 50, 64).save(folder / "train/stripe/x.png")
+    picture("spot", 51).convert("L").save(folder / "train/spot/grey.png")
+    shutil.copy(folder / "train/spot/000.png", folder / "train/spot/again.png")  # a note, no defect
+    status, out = panda(*words, "--data.normal_class=spot", "--data.train_limit=10")
+    assert status == 0
+    assert "No defects." in out
+    assert "ImageFolder, class spot with protocol one_vs_rest" in out
+    assert row(out, "spot") == ["normal", "13", "used", "7", "53.8%"]
+    assert row(out, "stripe") == ["anomalous", "1", "not used", "6", "46.2%"]
+    assert row(out, "total") == ["14", "13"]
+    assert row(out, "normal") == ["13 (92.9%)", "7 (53.8%)"]
+    assert row(out, "anomalous") == ["1 (7.1%)", "6 (46.2%)"]
+    assert row(out, "used by the protocol") == ["10", "13"]
+    assert row(out, "width x height") == ["40 x 40 to 64 x 64", "40 x 40"]
+    assert row(out, "modes") == ["RGB 13, L 1", "RGB 13"]
+    assert row(out, "unreadable") == ["0", "0"]
+    assert row(out, "copies within the split") == ["1", "0"]
+    assert row(out, "decoded at 32 px, limit 4 GiB") == ["30.0 KiB in memory", "39.0 KiB in memory"]
+    assert re.search("Manifest: 23 images, .*\n  sha256 [0-9a-f]{64}\n", out)
+    assert "Contact sheet: check-data-imagefolder.png" in out
+    assert ink(Path("check-data-imagefolder.png")) > 0.05
+
+
+def test_what_does_not_fit_into_memory_is_said(panda, words):
+    _, out = panda(*words, "--data.memory_gb=0")
+    assert row(out, "decoded at 32 px, limit 0 GiB") == ["33.0 KiB from disk", "39.0 KiB from disk"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("short.png", "truncated|incomplete|broken"),
+        ("short.jpg", "truncated"),
+        ("empty.png", "empty file"),
+        ("text.png", "not an image"),
+    ],
+)
+@pytest.mark.parametrize("place", ["train/spot", "test/stripe"])
+def test_unreadable_files_are_named(panda, words, folder, place, name, reason):
+    path = folder / place / name
+    picture("spot", 60).save(path)
+    if name.startswith("short"):
+        truncate(path)
+    else:
+        path.write_text("" if name.startswith("empty") else "no image at all")
+    status, out = panda(*words)
+    assert status == 1
+    (said,) = defects(out)
+    assert re.search(rf"- {place}/{name} cannot be read: .*({reason})", said, re.IGNORECASE), said
+    assert row(out, "unreadable") == (["1", "0"] if place.startswith("train") else ["0", "1"])
+    assert Path("check-data-imagefolder.png").is_file()
+
+
+def test_many_unreadable_files_are_counted(panda, words, folder):
+    for n in range(60):
+        (folder / f"test/stripe/empty{n}.png").touch()
+    _, out = panda(*words)
+    assert "60 defects:" in out
+    assert "- and 10 more unreadable files" in out
+
+
+def test_a_file_in_train_and_test_is_named_with_its_twin(panda, words, folder):
+    shutil.copy(folder / "train/spot/003.png", folder / "test/spot/other name [1].png")
+    status, out = panda(*words)
+    assert status == 1
+    assert defects(out) == ["- test image test/spot/other name [1].png is a copy of training image train/spot/003.png."]
+
+
+def test_a_renamed_class_is_named_and_the_rest_still_counted(panda, words, folder):
+    (folder / "train/spot").rename(folder / "train/good")
+    (folder / "test/spot").rename(folder / "test/good")
+    (folder / "test/good/empty.png").touch()
+    status, out = panda(*words, "--data.normal_class=spot")
+    assert status == 1
+    refusal, unreadable = defects(out)
+    assert "normal_class=spot is not a class of ImageFolder (0-1: good, stripe)" in refusal
+    assert "test/good/empty.png" in unreadable
+    assert row(out, "good") == ["?", "11", "8", "57.1%"]
+
+
+@pytest.mark.parametrize(("gone", "kind"), [("stripe", "normal"), ("spot", "anomalous")])
+def test_a_test_split_of_one_kind(panda, words, folder, gone, kind):
+    shutil.rmtree(folder / "test" / gone)
+    status, out = panda(*words)
+    assert status == 1
+    (said,) = defects(out)
+    assert f"are all {kind} with normal class spot" in said
+
+
+def test_an_empty_class_is_named(panda, words, folder):
+    (folder / "test/scratch").mkdir()
+    (folder / "test/scratch/a.heic").touch()
+    assert defects(panda(*words)[1]) == ["- class scratch has no test images."]
+
+
+def test_leave_one_out_needs_every_normal_class(panda, words, folder):
+    (folder / "test/ring").mkdir()
+    picture("spot", 70).save(folder / "test/ring/a.png")
+    status, out = panda(*words, "--data.normal_class=stripe", "--data.protocol=leave_one_out")
+    assert status == 1
+    assert defects(out) == ["- class ring has no train images."]
+
+
+def test_no_training_images_of_the_normal_class(panda, words):
+    status, out = panda(*words, "--data.normal_class=stripe")
+    assert status == 1
+    (said,) = defects(out)
+    assert "no training images of the normal class stripe" in said
+    assert row(out, "used by the protocol") == ["none", "13"]
+
+
+def test_where_training_images_lack_the_test_images_are_reported(panda, words, folder):
+    shutil.rmtree(folder / "train")
+    (folder / "test/spot/empty.png").touch()
+    status, out = panda(*words, "--data.normal_class=spot")
+    assert status == 1
+    assert [("does not exist" in d, "empty.png" in d) for d in defects(out)] == [(True, False), (False, True)]
+    assert row(out, "total") == ["14"]
+    assert Path("check-data-imagefolder.png").is_file()
+
+
+def test_no_data_at_all(panda, words):
+    status, out = panda(*words, "--data.root=/nonexistent", "--data.normal_class=spot")
+    assert status == 1
+    assert all("/nonexistent" in d for d in defects(out))
+
+
+def test_a_refused_download_is_a_defect(panda, workdir, monkeypatch):
+    def refuse(self):
+        raise PandaError("the archive is not the official one.")
+
+    monkeypatch.setattr("panda_lightning.CIFAR10.prepare_data", refuse)
+    status, out = panda("--data=CIFAR10", "--data.root=nowhere", "--data.normal_class=0")
+    assert status == 1
+    assert defects(out) == ["- the archive is not the official one."]
+
+
+def test_masks_and_problems(panda, folder, words, monkeypatch):
+    data = MaskedFolder(root=str(folder), image_size=32)
+    Image.new("L", (40, 40)).save(folder / "mask.png")
+    assert check_data.check(data, Path("one.png")) == ["test: two masks have no image"]
+    (folder / "mask.png").write_text("")
+    found = check_data.check(MaskedFolder(root=str(folder), image_size=32), Path("deep/one.png"))
+    assert found == ["test: two masks have no image", "mask.png cannot be read: empty file."]
+    assert Path("deep/one.png").is_file()
+
+
+def test_masks_are_counted(folder, workdir, capsys):
+    Image.new("L", (40, 40)).save(folder / "mask.png")
+    check_data.check(MaskedFolder(root=str(folder), image_size=32), Path("one.png"))
+    out = capsys.readouterr().out
+    assert row(out, "masks") == ["none", "1 of 6 anomalous"]
+    assert "follows a rule of ours" in out
+
+
+def test_arrays(panda, workdir):
+    make_cifar10(workdir / "official")
+    call = [f"--config={ROOT}/conf/cifar10.yaml", "--data.root=official", "--data.image_size=32", "-o", "sheet.png"]
+    status, out = panda(*call)
+    assert status == 0
+    assert row(out, "airplane") == ["normal", "5", "used", "2", "10.0%"]
+    assert row(out, "width x height") == ["32 x 32", "32 x 32"]
+    assert row(out, "on disk") == ["150.0 KiB as an array", "60.0 KiB as an array"]
+    assert ink(Path("sheet.png")) > 0.05
+
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 255, (20, 32, 32, 3), dtype=np.uint8)
+    write_cifar10(workdir / "official", np.concatenate([images, images[:1]]), np.arange(21) % 10, "train")
+    write_cifar10(workdir / "official", np.concatenate([images[5:6], 255 - images]), np.arange(21) % 10, "test")
+    status, out = panda(*call)
+    assert status == 1
+    assert defects(out) == ["- test image row 0 is a copy of training image row 5."]
+    assert row(out, "copies within the split") == ["1", "0"]
+
+
+def test_the_shipped_digits_have_no_defects(panda):
+    status, out = panda(f"--config={ROOT}/conf/digits.yaml", f"--config={ROOT}/conf/variants/dn2.yaml")
+    assert status == 0
+    assert row(out, "total") == ["899", "898"]
+
+
+def test_a_config_is_laid_over_another(panda, workdir):
+    (workdir / "over.yaml").write_text("data: {init_args: {normal_class: 7}}\n")
+    _, out = panda(f"--config={ROOT}/conf/digits.yaml", "-c", "over.yaml")
+    assert row(out, "7")[0] == "normal"
+    assert "decoded at 64 px" in out  # of the first file
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--data.image_sise=3"], "image_sise"),
+        (["--config=typo.yaml"], "modle"),
+        (["--data.crop=centre"], r"expected one of \['center', 'squash'\]"),
+        (["--data.resize=3"], "resize=3 is smaller than image_size=64"),
+        (["--data=Digitz"], "Digitz. There are the detectors"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(panda, capsys, workdir, more, sentence):
+    (workdir / "typo.yaml").write_text("modle: {class_path: PANDA}\n")
+    with pytest.raises(SystemExit) as stop:
+        panda(f"--config={ROOT}/conf/digits.yaml", *more)
+    assert stop.value.code not in (0, None)
+    text = capsys.readouterr()
+    said = stop.value.code if isinstance(stop.value.code, str) else text.err
+    assert re.search(sentence, said), said
+    assert "Traceback" not in text.err
+    assert "usage:" not in text.err
+    assert said.count("\n") <= 1
+
+
+def test_the_module_runs_and_gives_the_exit_status(workdir):
+    make_folder(workdir / "images", train=3, normal=2, anomalous=1)
+    (workdir / "images/test/spot/empty.png").touch()
+    words = [sys.executable, "-m", "panda_lightning.tools", "check-data", "--data=ImageFolder", "--data.root=images"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.endswith("1 defect:\n- test/spot/empty.png cannot be read: empty file.\n")
+    assert not done.stderr

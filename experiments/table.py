@@ -33,7 +33,7 @@ def main(runs: Path) -> None:
             method += " (EWC)" if model["init_args"]["ewc_weight"] else " (Early)"
         dataset = data["class_path"].split(".")[-1]
         start = f"{first[1]:.4f}" if first[0] == 0 else ""
-        normal = data["init_args"]["normal_class"]
+        normal = data["init_args"].get("category") or data["init_args"]["normal_class"]
         print(f"| {folder.name} | {dataset}, {normal} | {method} | {last[0]:g} | {start} | {last[1]:.4f} |")
         firsts.append(first[1])
         lasts.append(last[1])

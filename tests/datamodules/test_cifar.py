@@ -51,7 +51,17 @@ def test_a_missing_batch_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_images(shared, tmp_path):
+def test_real_images_of_cifar10(shared, tmp_path):
+    subprocess.run([shared / "data/unpack", tmp_path, "cifar10"], check=True)
+    pack_cifar(tmp_path / "cifar10", tmp_path)
+    data = CIFAR10(root=str(tmp_path), normal_class="airplane")
+    data.setup("fit")
+    assert len(data.normal_images) == 5000
+    assert np.bincount(data.test_images.targets).tolist() == [1000] * 10
+
+
+@pytest.mark.slow
+def test_real_images_of_cifar100(shared, tmp_path):
     subprocess.run([shared / "data/unpack", tmp_path, "cifar100"], check=True)
     pack_cifar(tmp_path / "cifar100", tmp_path, coarse=True)
     data = CIFAR100(root=str(tmp_path), normal_class="fish")

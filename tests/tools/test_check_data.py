@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from panda_lightning import ImageFolder, PandaError
 from panda_lightning.datamodules.images import Images
 from panda_lightning.tools import check_data, main
 from tests.conftest import make_folder, picture
-from tests.datamodules.official import make_cifar10, write_cifar10
+from tests.datamodules.official import make_cifar10, make_mvtec, write_cifar10
+from tests.datamodules.official_medical_aerial import make_labeled, make_segmented
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,3 +294,29 @@ def test_the_module_runs_and_gives_the_exit_status(workdir):
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith("1 defect:\n- test/spot/empty.png cannot be read: empty file.\n")
     assert not done.stderr
+
+
+def test_damage_to_the_real_data_sets_layouts_is_named(panda, workdir):
+    """A mask that is missing, a CSV row without a file, an archive that climbs out."""
+    make_mvtec(workdir / "mvtec")
+    (workdir / "mvtec/bottle/ground_truth/broken/001_mask.png").unlink()
+    status, out = panda(f"--config={ROOT}/conf/mvtec.yaml", f"--data.root={workdir}")
+    assert status == 1
+    assert "001_mask.png" in out
+
+    make_labeled(workdir / "kvasir", {"cecum": 9})
+    make_segmented(workdir / "kvasir")
+    (workdir / "kvasir/2_fold_split.csv").write_text("file-name;class-name;split-index\nlost.jpg;cecum;0\n")
+    status, out = panda(
+        f"--config={ROOT}/conf/hyper_kvasir.yaml", f"--data.root={workdir}/kvasir", "--data.test_normals=3"
+    )
+    assert status == 1
+    assert "lost" in out
+
+    (workdir / "cats").mkdir()
+    with zipfile.ZipFile(workdir / "cats/kagglecatsanddogs_5340.zip", "w") as bundle:
+        bundle.writestr("PetImages/../../outside.jpg", "x")
+    status, out = panda(f"--config={ROOT}/conf/cats_vs_dogs.yaml", f"--data.root={workdir}/cats")
+    assert status == 1
+    assert "PetImages/../../outside.jpg would land outside its folder" in out
+    assert not list(workdir.rglob("outside.jpg"))

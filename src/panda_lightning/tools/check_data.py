@@ -148,9 +148,11 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
         text = manifest(data)
         rule = "the split follows a rule of ours" if data.own_split else "the split is the data set's own"
         lines = text.count("\n") - 1
-        console.print(
-            f"Manifest: {lines} images, {len(text.encode())} bytes, {rule}\n  sha256 {checksum(text)}", highlight=False
-        )
+        path = sheet.with_suffix(".manifest.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        console.print(f"Manifest: {escape(str(path))}, {lines} images, {rule}", highlight=False, soft_wrap=True)
+        console.print(f"  sha256 {checksum(text)}", highlight=False)
     if number is not None and _draw(sheet, data, surveys):
         console.print(f"Contact sheet: {escape(str(sheet))}", soft_wrap=True)
     _print_defects(defects)

@@ -89,7 +89,7 @@ def test_a_clean_folder(panda, words, folder):
     assert row(out, "unreadable") == ["0", "0"]
     assert row(out, "copies within the split") == ["1", "0"]
     assert row(out, "decoded at 32 px, limit 4 GiB") == ["30.0 KiB in memory", "39.0 KiB in memory"]
-    assert re.search("Manifest: 23 images, .*\n  sha256 [0-9a-f]{64}\n", out)
+    assert re.search("Manifest: check-data-imagefolder.manifest.csv, 23 images, .*\n  sha256 [0-9a-f]{64}\n", out)
     assert "Contact sheet: check-data-imagefolder.png" in out
     assert ink(Path("check-data-imagefolder.png")) > 0.05
 

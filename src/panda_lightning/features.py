@@ -6,9 +6,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from panda_lightning.backbones import Backbone
 from panda_lightning.types import Batch
 
 
@@ -45,6 +48,45 @@ def on_device(trainer: pl.Trainer, loader: Iterable[Batch], title: str) -> Itera
     with Progress(transient=True, disable=silent, auto_refresh=False) as progress:
         for batch in progress.track(loader, description=title):
             yield trainer.strategy.batch_to_device(batch)
+
+
+def cache_prefix(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], budget: int, half: bool) -> int:
+    """Let every image of a data set pass the frozen layers once, and keep what comes out in the data set.
+
+    It is kept on the GPU where half of its free memory holds it, else in the computer's memory.
+
+    Args:
+        trainer: Gives device, precision and progress bar.
+        backbone: Whose frozen layers.
+        loader: Of a data set with ``replace_pixels``, all of it or this process's share.
+        budget: Bytes that it may take; where it needs more, the images stay.
+        half: Keep float16 in place of float32.
+
+    Returns:
+        Bytes taken.
+    """
+    dataset: Any = loader.dataset
+    everything = DataLoader(  # each process keeps all, for each epoch deals other images to it
+        dataset, batch_size=64, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+    )
+    device = trainer.strategy.root_device
+    with trainer.precision_plugin.forward_context():
+        one = backbone.prefix(dataset.__getitems__([0])["image"].to(device))
+        dtype = torch.float16 if half else torch.float32
+        needed = len(dataset) * one[0].numel() * dtype.itemsize
+        if needed > budget:
+            rank_zero_info(
+                f"The frozen layers' output of {len(dataset)} images would take {needed / 2**30:.1f} GiB, more than is "
+                f"left of prefix_cache_gb ({budget / 2**30:.1f}): these images pass all layers each time."
+            )
+            return 0
+        place = device if device.type == "cuda" and 2 * needed < torch.cuda.mem_get_info(device)[0] else "cpu"
+        hidden = torch.empty((len(dataset), *one.shape[1:]), dtype=dtype, device=place)
+        for batch in on_device(trainer, everything, "Frozen layers, once"):
+            hidden[batch["index"].to(place)] = backbone.prefix(batch["image"]).to(place, dtype)
+    rank_zero_info(f"The frozen layers' output of {len(dataset)} images is kept: {needed / 2**20:.0f} MiB on {place}.")
+    dataset.replace_pixels(hidden)
+    return needed
 
 
 def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

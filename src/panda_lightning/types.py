@@ -9,9 +9,10 @@ from torch import Tensor
 class Batch(TypedDict):
     """Images of one step, the only thing data modules and detectors share.
 
-    Shapes: image (B, 3, H, W) uint8, resized but not normalised; label (B,) int64, 1 = anomalous; index (B,)
-    int64, the image's place in its data set, or -1 for a repeat that only fills up a distributed batch and
-    counts for nothing; mask (B, H, W) bool, True = anomalous pixel, only from data sets with masks.
+    Shapes: image (B, 3, H, W) uint8, resized but not normalised, or what the frozen layers made of it once,
+    (B, C, h, w) or (B, N, C) floating point; label (B,) int64, 1 = anomalous; index (B,) int64, the image's place in
+    its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; mask (B, H, W)
+    bool, True = anomalous pixel, only from data sets with masks.
     """
 
     image: Tensor

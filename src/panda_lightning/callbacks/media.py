@@ -52,7 +52,7 @@ class Media(pl.Callback):
             if pl_module.scores is None:
                 return
             found = pl_module.scores
-            index, scores, labels = found.index.numpy(), found.score.numpy(), found.label.numpy()
+            scores, labels = found.score.numpy(), found.label.numpy()
             media: dict[str, Any] = {"epochs_trained": pl_module.epochs_trained}
             if 0 < labels.sum() < len(labels):
                 points = np.stack(roc_curve(labels, scores)[:2], axis=1)
@@ -64,7 +64,7 @@ class Media(pl.Callback):
                 ("least_anomalous", order[: self.IMAGES]),
                 ("most_anomalous", order[::-1][: self.IMAGES]),
             ):
-                pixels = loader.dataset.__getitems__(index[chosen].tolist())["image"].permute(0, 2, 3, 1).numpy()
+                pixels = loader.dataset.pictures(found.index[chosen.copy()]).permute(0, 2, 3, 1).numpy()
                 captions = [f"{'anomalous' if labels[i] else 'normal'}, score {scores[i]:.4g}" for i in chosen]
                 media[f"images/{name}"] = [wandb.Image(p, caption=c) for p, c in zip(pixels, captions, strict=True)]
             run.log(media)

@@ -239,7 +239,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     def _loader(self, dataset: ImageDataset, train: bool = False) -> DataLoader[Batch]:
         rank = self.trainer.global_rank if self.trainer else 0
         workers = 0
-        if dataset.pixels is None:
+        if dataset.pixels is None and dataset.hidden is None:
             workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
         return DataLoader(
             dataset,
@@ -247,7 +247,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             sampler=ShardedSampler(len(dataset), self._world, rank, shuffle=train, seed=self.seed),
             collate_fn=_as_is,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and (dataset.hidden is None or not dataset.hidden.is_cuda),
         )
 
     def _normal_dataset(self) -> ImageDataset:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.utilities import rank_zero_warn
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from panda_lightning.types import Batch, PandaError
@@ -161,6 +162,7 @@ class ImageDataset(Dataset[Batch]):
             images, anomalous = images.take(good), anomalous[good]
             self.pixels = None if self.pixels is None else self.pixels[good]
         self.images = images
+        self.hidden: Tensor | None = None
         self.label = torch.from_numpy(anomalous.astype(np.int64))
 
     def __len__(self) -> int:
@@ -173,14 +175,21 @@ class ImageDataset(Dataset[Batch]):
         """A whole batch at once; row -1 is a filler, shown as image 0 with index -1."""
         index = torch.tensor(rows)
         real = index.clamp(min=0)
-        if self.pixels is not None:
-            image = self.pixels[real]
-        else:
-            image = torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in real]))
+        image = self.pictures(real) if self.hidden is None else self.hidden[real]
         batch: Batch = {"image": image, "label": self.label[real], "index": index}
         if self.images.masks is not None:
             batch["mask"] = torch.from_numpy(np.stack([self.view.mask(self.images.masks[i]) for i in real]))
         return batch
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Images (B, 3, size, size) uint8 of these rows (B,)."""
+        if self.pixels is not None:
+            return self.pixels[rows]
+        return torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in rows]))
+
+    def replace_pixels(self, hidden: Tensor) -> None:
+        """Give out what frozen layers made of the images, (N, ...), in their place from now on."""
+        self.hidden, self.pixels = hidden, None
 
 
 def decode(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:

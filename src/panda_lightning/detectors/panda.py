@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from panda_lightning import fisher, losses
 from panda_lightning.detectors.dn2 import DN2
-from panda_lightning.features import on_device
+from panda_lightning.features import cache_prefix, on_device
 from panda_lightning.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
@@ -41,6 +41,9 @@ class PANDA(DN2):
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         grad_clip: Global gradient norm to clip to at every step. It is small: steps are nearly scale-free.
+        prefix_cache_gb: Memory for the output of the frozen layers, which every image then passes once, in GiB on each
+            process; 0 turns it off. What does not fit passes all layers each time.
+        prefix_cache_half: Keep it in float16.
         index_backend: See DN2.
         index_memory_mb: See DN2.
     """
@@ -59,6 +62,8 @@ class PANDA(DN2):
         momentum: float = 0.9,
         weight_decay: float = 5e-5,
         grad_clip: float = 1e-3,
+        prefix_cache_gb: float = 4.0,
+        prefix_cache_half: bool = False,
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
@@ -75,6 +80,8 @@ class PANDA(DN2):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.grad_clip = grad_clip
+        self.prefix_cache_gb = prefix_cache_gb
+        self.prefix_cache_half = prefix_cache_half
         self.centre: Tensor | None = None  # (D,)
         self.start: dict[str, Tensor] = {}  # adapted parameters before training, by plain timm name
         self.fisher: dict[str, Tensor] = {}
@@ -128,6 +135,16 @@ class PANDA(DN2):
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
     @override
+    def on_fit_start(self) -> None:
+        if self.fisher_source == "auto" and self.ewc_weight and self.centre is None:
+            self._fisher_path = fisher.cache_path(
+                self.backbone, self.data.normal_dataloader()
+            )  # of pixels: before they go
+        budget = int(self.prefix_cache_gb * 2**30)
+        for loader in (self.data.normal_dataloader(), self.data.val_dataloader()) if budget else ():
+            budget -= cache_prefix(self.trainer, self.backbone, loader, budget, self.prefix_cache_half)
+
+    @override
     def on_train_start(self) -> None:
         """Remember where training starts: centre, weights, Fisher. A resumed run has them from its checkpoint."""
         super().on_train_start()
@@ -148,7 +165,7 @@ class PANDA(DN2):
         if self.fisher_source != "auto":
             return fisher.load(self.fisher_source, self.backbone)
         loader = self.data.normal_dataloader()
-        path = self.trainer.strategy.broadcast(fisher.cache_path(self.backbone, loader))
+        path = self.trainer.strategy.broadcast(self._fisher_path)
         rank_zero_info(
             "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
             f"the paper takes ImageNet and its labels. Kept in {path}"

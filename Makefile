@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install
+.PHONY: demo test bench lint install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -15,6 +15,9 @@ demo: install
 
 test: install lint
 	"$(BIN)/python" -m pytest
+
+bench: install
+	"$(BIN)/python" experiments/bench
 
 lint: install
 	"$(BIN)/ruff" check .

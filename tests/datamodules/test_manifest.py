@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 
@@ -5,13 +6,16 @@ import numpy as np
 import pytest
 
 from panda_lightning import CIFAR10, Digits, ImageFolder
-from panda_lightning.datamodules.manifest import checksum, manifest
 from tests.conftest import make_folder
 from tests.datamodules.official import make_cifar10
 
 
+def checksum(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def of(root, **options):
-    return manifest(ImageFolder(root=str(root), normal_class="spot", **options))
+    return ImageFolder(root=str(root), normal_class="spot", **options).manifest()
 
 
 def test_files_are_listed_in_order_with_split_and_label(tmp_path):
@@ -26,7 +30,7 @@ def test_files_are_listed_in_order_with_split_and_label(tmp_path):
     assert of(tmp_path / "images") == expected
     assert checksum(expected) == "b561fbfc1c659ed7629aa7735b155113a65ecc41d00a95cbde851b1a2c618a26"
     data = ImageFolder(root=str(tmp_path / "images"), normal_class="spot")
-    assert manifest(data, ["test"]).splitlines() == expected.splitlines()[:1] + expected.splitlines()[3:]
+    assert data.manifest(["test"]).splitlines() == expected.splitlines()[:1] + expected.splitlines()[3:]
 
 
 def test_it_does_not_depend_on_where_the_data_lie(folder, tmp_path, monkeypatch):
@@ -46,8 +50,8 @@ def test_the_checksum_changes_with_a_file_or_a_label(folder):
     (folder / "train/spot/000.png").rename(folder / "train/spot/999.png")
     renamed = checksum(of(folder))
     data = ImageFolder(root=str(folder), normal_class="spot", protocol="leave_one_out")
-    relabelled = checksum(manifest(data, ["test"]))
-    usual = checksum(manifest(ImageFolder(root=str(folder), normal_class="spot"), ["test"]))
+    relabelled = checksum(data.manifest(["test"]))
+    usual = checksum(ImageFolder(root=str(folder), normal_class="spot").manifest(["test"]))
     assert len({first, moved, renamed, relabelled, usual, checksum(of(folder, train_limit=3))}) == 6
 
 
@@ -62,7 +66,7 @@ def test_rows_of_arrays_are_those_of_the_protocol(tmp_path, protocol, limit):
     make_cifar10(tmp_path)
     options = {"normal_class": 3, "protocol": protocol, "train_limit": limit, "test_limit": limit}
     for data in (CIFAR10(root=str(tmp_path), **options), Digits(**options)):
-        lines = [line.split(",") for line in manifest(data).splitlines()[1:]]
+        lines = [line.split(",") for line in data.manifest().splitlines()[1:]]
         for split, images in (("train", data.normal_images), ("test", data.test_images)):
             rows = [int(row) for row, where, _ in lines if where == split]
             np.testing.assert_array_equal(data.read(split).sources[rows], images.sources)

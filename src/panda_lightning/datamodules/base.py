@@ -1,8 +1,10 @@
 """What every data set shares: the one-class protocol, and loaders that know of processes."""
 
+import csv
+import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from panda_lightning.datamodules.images import ImageDataset, Images, View
-from panda_lightning.datamodules.manifest import manifest
+from panda_lightning.datamodules.images import ImageDataset, Images, View, relative
 from panda_lightning.datamodules.outliers import apart_from, read_outliers
 from panda_lightning.types import Batch, PandaError
 
@@ -210,11 +211,33 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
                 f"choose a multiple of {self._world}."
             )
 
+    def manifest(self, splits: Sequence[Split] = ("train", "test")) -> str:
+        r"""List the images of the protocol, in their order, as CSV: a split of ours can so be compared and found again.
+
+        Args:
+            splits: Which splits, in this order.
+
+        Returns:
+            Lines ``file,split,label`` ending in ``\n``, the heading first; file is relative to ``root`` with forward
+            slashes, or the row number in the split where images are an array; label is 1 for anomalous.
+        """
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(("file", "split", "label"))
+        for split in splits:
+            images = self._split(split)
+            rows = range(len(images)) if images.rows is None else images.rows
+            for source, row, anomalous in zip(images.sources, rows, self.is_anomalous(images.targets), strict=True):
+                lines.writerow(
+                    (relative(source, self.root) if isinstance(source, Path) else row, split, int(anomalous))
+                )
+        return text.getvalue()
+
     @override
     def teardown(self, stage: str) -> None:
         folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
         if self.trainer and folder and self.trainer.is_global_zero:
-            (Path(folder) / "manifest.csv").write_text(manifest(self, tuple(self._images)))
+            (Path(folder) / "manifest.csv").write_text(self.manifest(tuple(self._images)))
 
     # ---- loaders -------------------------------------------------------------------------------------------------
 

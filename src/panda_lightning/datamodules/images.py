@@ -51,6 +51,11 @@ class Images:
         return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
 
 
+def relative(path: Path, root: Path) -> str:
+    """A file's name below the data set's folder, with forward slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
 def find_folder(root: Path, *choices: str) -> Path | None:
     """The folder of one of these paths in root or in a folder of it; where it is doubled, the inner one."""
     for above in ("", "*/"):

@@ -28,8 +28,7 @@ from rich.table import Table
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
-from panda_lightning.datamodules.images import Images, View, decode
-from panda_lightning.datamodules.manifest import checksum, manifest, relative
+from panda_lightning.datamodules.images import Images, View, decode, relative
 from panda_lightning.types import PandaError
 
 HELP = "Look for what is wrong with a data set, count its images, and draw some of them."
@@ -145,14 +144,14 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
         console.print(_classes_table(data, surveys, number))
         console.print(_files_table(data, surveys, used, number))
     if len(used) == 2:
-        text = manifest(data)
+        text = data.manifest()
         rule = "the split follows a rule of ours" if data.own_split else "the split is the data set's own"
         lines = text.count("\n") - 1
         path = sheet.with_suffix(".manifest.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         console.print(f"Manifest: {escape(str(path))}, {lines} images, {rule}", highlight=False, soft_wrap=True)
-        console.print(f"  sha256 {checksum(text)}", highlight=False)
+        console.print(f"  sha256 {hashlib.sha256(text.encode()).hexdigest()}", highlight=False)
     if number is not None and _draw(sheet, data, surveys):
         console.print(f"Contact sheet: {escape(str(sheet))}", soft_wrap=True)
     _print_defects(defects)

@@ -44,11 +44,7 @@ def estimate(
     Raises:
         PandaError: If the backbone has no classifier.
     """
-    if backbone.num_classes == 0:
-        raise PandaError(
-            f"fisher=auto draws labels from the pretrained classifier, and {backbone.architecture} has none here: "
-            "use fisher=FILE or fisher=ones."
-        )
+    require_classifier(backbone)
     params = {f"backbone.model.{name}": p.detach() for name, p in backbone.adapted().items()}
     classify = _Classify(backbone)
     size = sum(p.numel() for p in params.values())
@@ -77,6 +73,15 @@ def estimate(
         for tensor in (count, *total.values()):
             dist.all_reduce(tensor)
     return {name.removeprefix("backbone.model."): t / count for name, t in total.items()}
+
+
+def require_classifier(backbone: Backbone) -> None:
+    """Refuse a network that cannot draw labels."""
+    if backbone.num_classes == 0:
+        raise PandaError(
+            f"fisher=auto draws labels from the pretrained classifier, and {backbone.architecture} has none here: "
+            "use fisher=FILE or fisher=ones."
+        )
 
 
 class _Classify(nn.Module):

@@ -135,11 +135,20 @@ class PANDA(DN2):
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.ewc_weight and self.centre is None:  # a file that does not fit is refused now
+            if self.fisher_source == "ones":
+                self.fisher = fisher.ones(self.backbone)
+            elif self.fisher_source == "auto":
+                fisher.require_classifier(self.backbone)
+            else:
+                self.fisher = fisher.load(self.fisher_source, self.backbone)
+
+    @override
     def on_fit_start(self) -> None:
-        if self.fisher_source == "auto" and self.ewc_weight and self.centre is None:
-            self._fisher_path = fisher.cache_path(
-                self.backbone, self.data.normal_dataloader()
-            )  # of pixels: before they go
+        if self.ewc_weight and not self.fisher:  # the estimate is named after the pixels: before they are replaced
+            self._fisher_path = fisher.cache_path(self.backbone, self.data.normal_dataloader())
         budget = int(self.prefix_cache_gb * 2**30)
         for loader in (self.data.normal_dataloader(), self.data.val_dataloader()) if budget else ():
             budget -= cache_prefix(self.trainer, self.backbone, loader, budget, self.prefix_cache_half)
@@ -154,16 +163,13 @@ class PANDA(DN2):
             assert self.bank is not None
             self.centre = self.loss_space(self.bank).mean(dim=0)
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
-            self.fisher = self._load_fisher() if self.ewc_weight else {}
+            if self.ewc_weight and not self.fisher:
+                self.fisher = self._estimated_fisher()
         self.centre = self.centre.to(self.device)
         self.start = {name: t.to(self.device) for name, t in self.start.items()}
         self.fisher = {name: t.to(self.device) for name, t in self.fisher.items()}
 
-    def _load_fisher(self) -> fisher.Diagonal:
-        if self.fisher_source == "ones":
-            return fisher.ones(self.backbone)
-        if self.fisher_source != "auto":
-            return fisher.load(self.fisher_source, self.backbone)
+    def _estimated_fisher(self) -> fisher.Diagonal:
         loader = self.data.normal_dataloader()
         path = self.trainer.strategy.broadcast(self._fisher_path)
         rank_zero_info(

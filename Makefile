@@ -10,8 +10,9 @@ demo: install
 	"$(BIN)/python" -m panda_lightning fit --config conf/digits.yaml
 	@echo
 	@echo "The demo shows the whole path: bank, centre, Fisher diagonal, compactness and EWC, kNN and AUROC each epoch."
-	@echo "It does not show what adaptation is worth: the bundled network is small and gains little, so AUROC moves only"
-	@echo "in its last digits. With an ImageNet MobileNetV2 on cats it rises from .908 to .941: experiments/RESULTS.md."
+	@echo "Compactness falls and the EWC term rises as the network adapts. It does not show what adaptation is worth: the"
+	@echo "bundled network is small and a zero is told apart from the start, so AUROC stays at 0.9998. With an ImageNet"
+	@echo "MobileNetV2 on cats it rises from .908 to .941 in six epochs: experiments/RESULTS.md."
 
 test: install lint
 	"$(BIN)/python" -m pytest

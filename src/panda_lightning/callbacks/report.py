@@ -165,5 +165,6 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
     if len(rows) > 1:
         axes[2].plot(*zip(*((r["epochs_trained"], r["val/auroc"]) for r in rows), strict=True), "o-", markersize=3)
         axes[2].set(title="AUROC over training (0 = DN2)", xlabel="epochs trained", ylabel="AUROC")
+        axes[2].set_ylim(top=min(axes[2].get_ylim()[1], 1.0005))  # there is nothing above 1
         axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=110)

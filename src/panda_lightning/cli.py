@@ -12,6 +12,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
 from panda_lightning.types import PandaError
 
@@ -37,7 +38,7 @@ class OneSentenceParser(LightningArgumentParser):
             sentence += ". Accepted are " + ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
         if "dot import path" in sentence:
             classes = (Detector, AnomalyDataModule)
-            names = (sorted(c.__name__ for c in _subclasses(base) if not isabstract(c)) for base in classes)
+            names = (sorted(c.__name__ for c in subclasses(base) if not isabstract(c)) for base in classes)
             sentence += ". There are the detectors {} and the data sets {}".format(*(", ".join(n) for n in names))
         sys.stderr.write(f"error: {sentence}. `--help` and `--print_config` show what is accepted.\n")
         self.exit(2)
@@ -107,11 +108,6 @@ def main(args: ArgsType = None) -> None:
         if not isinstance(refusal, PandaError):
             raise
         sys.exit(f"error: {refusal}")
-
-
-def _subclasses(base: type[Any]) -> set[type[Any]]:
-    direct: list[type[Any]] = base.__subclasses__()
-    return {base}.union(*map(_subclasses, direct))
 
 
 def _silence() -> None:

@@ -305,7 +305,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
                 ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
             )
         if "outlier" not in self._datasets:
-            images = read_outliers(self.outliers, {cls.__name__: cls for cls in _subclasses(AnomalyDataModule)})
+            images = read_outliers(self.outliers, {cls.__name__: cls for cls in subclasses(AnomalyDataModule)})
             kept = apart_from(self.test_images, images)
             rank_zero_info(
                 f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
@@ -324,6 +324,7 @@ def _interpolation(trainer: pl.Trainer) -> str | None:
     return getattr(backbone, "interpolation", None)
 
 
-def _subclasses(base: type[Any]) -> list[type[Any]]:
+def subclasses(base: type[Any]) -> list[type[Any]]:
+    """Every class below this one that has been imported."""
     direct: list[type[Any]] = base.__subclasses__()
-    return [*direct, *(sub for cls in direct for sub in _subclasses(cls))]
+    return [*direct, *(sub for cls in direct for sub in subclasses(cls))]

@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 
 import pytest
@@ -24,9 +25,9 @@ FAMILIES = {  # name: (input size, first adapted parameter, last adapted paramet
 }
 
 
-def made(name: str, adapt_stages: int = 2) -> Backbone:
+def made(name: str, adapt_stages: int = 2, **options: str) -> Backbone:
     torch.manual_seed(0)
-    return Backbone(timm.create_model(name, num_classes=5), adapt_stages)
+    return Backbone(timm.create_model(name, num_classes=5), adapt_stages, **options)
 
 
 def test_every_supported_family_is_tested():
@@ -68,6 +69,49 @@ def test_stages_are_counted_from_the_end():
     assert next(iter(made("resnet18", 4).adapted())) == "layer1.0.conv1.weight"
     with pytest.raises(PandaError, match="adapt_stages=5 does not fit resnet18, which has 4 stages"):
         made("resnet18", 5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("optimize", ["channels_last", "folded"])
+def test_levels_of_optimize_agree(name, optimize):
+    torch.manual_seed(0)
+    plain = made(name, optimize="plain")
+    other = made(name, optimize=optimize)
+    images = torch.randint(0, 256, (3, 3, FAMILIES[name][0], FAMILIES[name][0]), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), plain(images), rtol=1e-4, atol=1e-5)
+    assert other.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_agrees_and_trains():
+    plain, compiled = (Backbone.pretrained("panda_tiny", optimize=level) for level in ("plain", "compiled"))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    for backbone in (plain, compiled):
+        backbone(images).square().sum().backward()
+    torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
+    for name, p in plain.adapted().items():
+        torch.testing.assert_close(compiled.adapted()[name].grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.max()))
+
+
+def test_folded_layers_follow_weights_that_are_loaded_later():
+    backbone = made("resnet18")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    backbone(images)
+    other = made("resnet18", optimize="plain")
+    with torch.no_grad():
+        other.model.bn1.running_var *= 3
+        other.model.conv1.weight *= 2
+        backbone.load_state_dict(other.state_dict())
+        torch.testing.assert_close(backbone(images), other(images), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        backbone.model.bn1.running_mean += 1
+        inside = backbone(images)
+    assert torch.equal(backbone.prefix(images), backbone.prefix(images))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), inside)
+        assert not torch.allclose(inside, other(images))
 
 
 def test_batchnorm_stays_in_eval_mode():

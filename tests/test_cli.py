@@ -192,6 +192,7 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     said = refusal(run, capsys, "test", *words, "--model.k=3", last)
     assert "--model.k asks for 3, but the checkpoint was made with 2" in said
     run("test", *words, "--model.k=2", last)  # the same value is no contradiction
+    run("test", *words, "--model.index_backend=torch", "--model.optimize=plain", last)  # nor is how to compute
 
 
 # ---- the documentation ----

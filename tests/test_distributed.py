@@ -32,7 +32,9 @@ def logged(folder: Path, key: str) -> list[float]:
 def test_two_processes_are_one(tmp_path, train):
     folder = make_folder(tmp_path / "images", train=train)
     words = ["fit", *fast(folder, epochs=2), "--model.grad_clip=10", "--model.ewc_weight=100"]
-    one, two = (launch(tmp_path, f"on{n}", words, n) for n in (1, 2))
+    caches = ([], ["--model.prefix_cache_dir=cache"])  # in memory; in files that two processes share
+    one, two = (launch(tmp_path, f"on{n}", words + caches[n - 1], n) for n in (1, 2))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     assert logged(one, "bank/size") == logged(two, "bank/size") == [train] * 3
     for key in ("val/auroc", "train/compactness", "train/ewc", "train/loss", "train/grad_norm"):
         assert logged(one, key) == pytest.approx(logged(two, key), rel=1e-4), key

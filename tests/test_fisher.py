@@ -3,7 +3,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from panda_lightning import Backbone, Batch, PandaError, fisher
+from panda_lightning import Backbone, Batch, ImageFolder, PandaError, fisher
+from tests.conftest import make_folder
 
 
 def make_batches(size: int, count: int, batch: int) -> list[Batch]:
@@ -113,13 +114,14 @@ def test_files_that_do_not_fit_are_refused_with_a_list(tmp_path):
         fisher.load("atuo", backbone)
 
 
-def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers():
-    batches, other = make_batches(32, 3, 3), make_batches(32, 4, 4)
+def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers(tmp_path):
+    spots = ImageFolder(str(make_folder(tmp_path / "a")), image_size=32, normal_class="spot")
+    data, other = (loader().dataset for loader in (spots.normal_dataloader, spots.val_dataloader))
     one, two = Backbone.pretrained("panda_tiny", adapt_stages=2), Backbone.pretrained("panda_tiny", adapt_stages=1)
-    path = fisher.cache_path(one, batches)
-    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), batches)
+    path = fisher.cache_path(one, data)
+    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), data)
     assert path != fisher.cache_path(one, other)
-    assert path != fisher.cache_path(two, batches)
+    assert path != fisher.cache_path(two, data)
     with torch.no_grad():
         next(one.parameters())[0, 0, 0, 0] += 1e-3
-    assert path != fisher.cache_path(one, batches)
+    assert path != fisher.cache_path(one, data)

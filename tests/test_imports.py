@@ -8,7 +8,8 @@ import panda_lightning
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
     {"types"},
-    {"losses", "knn", "metrics", "backbones", "loggers"},
+    {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints"},
+    {"backbones"},
     {"features", "fisher"},
     {"callbacks", "datamodules"},
     {"detectors"},

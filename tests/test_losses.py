@@ -29,3 +29,11 @@ def test_ewc_pulls_back_with_force_fisher_times_distance():
     losses.ewc([param], [torch.zeros(2)], [torch.tensor([3.0, 0.0])]).backward()
     assert param.grad is not None
     assert param.grad.tolist() == [3.0, 0.0]
+
+
+def test_ewc_has_the_gradient_that_differences_give():
+    torch.manual_seed(0)
+    params = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True), torch.randn((), dtype=torch.float64)]
+    start, fisher = ([torch.rand(p.shape, dtype=torch.float64) for p in params] for _ in range(2))
+    params[1].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *p: losses.ewc(p, start, fisher), params)

@@ -4,16 +4,19 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
+from panda_lightning.folding import Layer, fold_batchnorm, run
 from panda_lightning.types import PandaError
+
+Optimize = Literal["plain", "channels_last", "folded", "compiled"]
 
 BUNDLED = Path(__file__).parent / "weights"
 
@@ -42,12 +45,21 @@ class Backbone(nn.Module):
         model: A timm model with its classifier.
         adapt_stages: How many of the last stages to adapt, 0 for none.
         model_args: The arguments beyond its name with which timm made it; kept for checkpoints.
+        optimize: How the layers are computed, each with what is before it; features agree to float32's rounding.
+            plain; channels_last: memory layout; folded: the frozen layers' BatchNorm folded into their convolutions;
+            compiled: frozen and adapted layers by torch.compile, which takes up to minutes at the start.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, adapt_stages: int, model_args: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapt_stages: int,
+        model_args: dict[str, Any] | None = None,
+        optimize: Optimize = "folded",
+    ) -> None:
         super().__init__()
         family = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in TRUNKS), None)
         if family is None:
@@ -55,7 +67,9 @@ class Backbone(nn.Module):
                 f"a timm {type(model).__name__} cannot be split into a frozen and an adapted part; supported are "
                 f"the classes {', '.join(TRUNKS)} (see timm.list_models())."
             )
-        self.model = model.to(memory_format=torch.channels_last)
+        self.optimize = optimize
+        self._layout = torch.contiguous_format if optimize == "plain" else torch.channels_last
+        self.model = model.to(memory_format=self._layout)
         self.model_args = dict(model_args or {})
         self._pieces = list(_expand(model, TRUNKS[family]))
         matcher = cast(dict[str, Any], _timm(model).group_matcher(coarse=True))
@@ -76,13 +90,19 @@ class Backbone(nn.Module):
                 and not re.match(matcher["stem"], name)  # a ViT's tokens and position embedding
                 and id(param) not in classifier
             )
+        self._frozen: tuple[object, list[Layer]] = (None, [])
+        self._compiled_frozen, self._compiled_adapted = (
+            (torch.compile(run), torch.compile(run)) if optimize == "compiled" else (run, run)
+        )
         cfg = _timm(model).pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
         self.train(False)
 
     @classmethod
-    def pretrained(cls, name: str, weights: str | None = None, adapt_stages: int = 2) -> Self:
+    def pretrained(
+        cls, name: str, weights: str | None = None, adapt_stages: int = 2, optimize: Optimize = "folded"
+    ) -> Self:
         """Load a network with its weights; never one with random weights.
 
         Args:
@@ -90,12 +110,13 @@ class Backbone(nn.Module):
                 ``panda_tiny`` (bundled), or a checkpoint file of this project (``PATH.ckpt``).
             weights: A file with weights for the named timm architecture, in place of timm's own.
             adapt_stages: How many of the last stages to adapt.
+            optimize: See the class.
 
         Raises:
             PandaError: If the name is unknown, the weights cannot be had, or the family is not supported.
         """
         if name.endswith(".ckpt"):
-            return cls._from_checkpoint(name, adapt_stages)
+            return cls._from_checkpoint(name, adapt_stages, optimize)
         import timm  # slow to import, and not needed for --help
 
         source = f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
@@ -112,10 +133,10 @@ class Backbone(nn.Module):
                 model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
             raise PandaError(_no_weights(name, error)) from error
-        return cls(model, adapt_stages, model_args)
+        return cls(model, adapt_stages, model_args, optimize)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], adapt_stages: int) -> Self:
+    def from_config(cls, config: dict[str, Any], adapt_stages: int, optimize: Optimize = "folded") -> Self:
         """Build the network that ``config`` (see there) describes, to be filled from a checkpoint."""
         import timm
 
@@ -126,16 +147,16 @@ class Backbone(nn.Module):
             pretrained_cfg=config["pretrained_cfg"],
             **config["model_args"],
         )
-        return cls(model, adapt_stages, config["model_args"])
+        return cls(model, adapt_stages, config["model_args"], optimize)
 
     @classmethod
-    def _from_checkpoint(cls, path: str, adapt_stages: int) -> Self:
+    def _from_checkpoint(cls, path: str, adapt_stages: int, optimize: Optimize) -> Self:
         if not Path(path).is_file():
             raise PandaError(f"backbone={path} is not a file: name a checkpoint of this project or a timm model.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "backbone" not in checkpoint:
             raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
-        backbone = cls.from_config(checkpoint["backbone"], adapt_stages)
+        backbone = cls.from_config(checkpoint["backbone"], adapt_stages, optimize)
         prefix = "backbone.model."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         backbone.model.load_state_dict(state)
@@ -180,6 +201,11 @@ class Backbone(nn.Module):
         """The adapted parameters by plain timm names, such as ``layer3.0.conv1.weight``."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def frozen_state(self) -> dict[str, Tensor]:
+        """By name, all that stays as it is in adaptation: the output of ``prefix`` depends on nothing else."""
+        adapted = self.adapted()
+        return {name: t for name, t in self.model.state_dict().items() if name not in adapted}
+
     def prefix(self, images: Tensor) -> Tensor:
         """Normalise and pass the frozen layers; what has passed them before is returned as it is.
 
@@ -199,15 +225,30 @@ class Backbone(nn.Module):
 
     def _prefix(self, images: Tensor) -> Tensor:
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self._run(x.contiguous(memory_format=torch.channels_last), self._pieces[: self._split])
+        return self._compiled_frozen(self._frozen_layers(x), x.contiguous(memory_format=self._layout))
+
+    def _frozen_layers(self, x: Tensor) -> list[Layer]:
+        layers = self._layers(self._pieces[: self._split])
+        modules = nn.ModuleList(layer for layer in layers if isinstance(layer, nn.Module))
+        norms = any(isinstance(m, nn.BatchNorm2d) for m in modules.modules())
+        if not norms or self.optimize not in ("folded", "compiled"):
+            return layers
+        # anew where weights were loaded or moved since: each tensor's place and number of changes
+        state = [(t.data_ptr(), t._version) for t in (*modules.parameters(), *modules.buffers())]
+        if self._frozen[0] != state:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self._frozen = (state, fold_batchnorm(layers, x[:1].clone()))
+        return self._frozen[1]
 
     def suffix(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and pool: the output of ``prefix`` -> (B, D) features."""
-        return cast(Tensor, _timm(self.model).forward_head(self._trunk_end(hidden), pre_logits=True))
+        x = self._compiled_adapted(self._layers(self._pieces[self._split :]), hidden)
+        return cast(Tensor, _timm(self.model).forward_head(x, pre_logits=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and the pretrained classifier: the output of ``prefix`` -> (B, classes)."""
-        return cast(Tensor, _timm(self.model).forward_head(self._trunk_end(hidden)))
+        x = run(self._layers(self._pieces[self._split :]), hidden)
+        return cast(Tensor, _timm(self.model).forward_head(x))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8, or the output of ``prefix``, -> features (B, D)."""
@@ -217,14 +258,8 @@ class Backbone(nn.Module):
         """Stay in eval mode whatever is asked: see the class."""
         return super().train(False)
 
-    def _trunk_end(self, hidden: Tensor) -> Tensor:
-        return self._run(hidden, self._pieces[self._split :])
-
-    def _run(self, x: Tensor, pieces: list[str]) -> Tensor:
-        for name in pieces:
-            piece: Callable[[Tensor], Tensor] = getattr(self.model, name, None) or self.model.get_submodule(name)
-            x = piece(x)
-        return x
+    def _layers(self, names: list[str]) -> list[Layer]:
+        return [getattr(self.model, name, None) or self.model.get_submodule(name) for name in names]
 
 
 def _timm(model: nn.Module) -> Any:

@@ -65,7 +65,9 @@ class PandaCLI(LightningCLI):
                 continue
             key = f"{self.config.subcommand}.model.init_args.{key.split('.')[-1]}"
             asked, loaded = self.asked.get(key), self.config.get(key)
-            if asked != loaded:
+            if key.split(".")[-1] in Detector.COMPUTING:
+                self.config.update(asked, key)
+            elif asked != loaded:
                 raise PandaError(
                     f"{word.split('=')[0]} asks for {asked}, but the checkpoint was made with {loaded}: leave the "
                     "flag out, or train anew."

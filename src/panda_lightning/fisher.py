@@ -1,9 +1,9 @@
 """The Fisher-information diagonal of the pretraining task, which weights EWC."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from panda_lightning.backbones import Backbone
+from panda_lightning.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
@@ -151,13 +152,9 @@ def save(diagonal: Diagonal, path: Path, metadata: dict[str, str]) -> None:
     part.replace(path)
 
 
-def cache_path(backbone: Backbone, batches: Iterable[Batch]) -> Path:
+def cache_path(backbone: Backbone, dataset: Any) -> Path:
     """Where an estimate is kept: a name made of the weights, the adapted layers and the very pixels used."""
-    digest = hashlib.sha256(b"per-sample, drawn labels, seed 0")
-    for name, tensor in backbone.model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(repr(list(backbone.adapted())).encode())
-    for batch in batches:
-        digest.update(batch["image"].cpu().numpy().tobytes())
+    words = f"per-sample, drawn labels, seed 0, {list(backbone.adapted())}"
+    name = fingerprint(backbone.model.state_dict(), dataset, words)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{digest.hexdigest()[:16]}.safetensors"
+    return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{name}.safetensors"

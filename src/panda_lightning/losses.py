@@ -1,6 +1,7 @@
 """Loss terms as pure functions, each with its formula."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,5 +35,20 @@ def ewc(params: Sequence[Tensor], start: Sequence[Tensor], fisher: Sequence[Tens
     Returns:
         A scalar.
     """
-    terms = [(f * (p - s).square()).sum() for p, s, f in zip(params, start, fisher, strict=True)]
-    return 0.5 * torch.stack(terms).sum()
+    value: Tensor = _EWC.apply(list(start), list(fisher), *params)
+    return value
+
+
+class _EWC(torch.autograd.Function):
+    """The term and its gradient F (theta - theta0) from one pass over the weights, few kernels for all layers."""
+
+    @staticmethod
+    def forward(ctx: Any, start: list[Tensor], fisher: list[Tensor], *params: Tensor) -> Tensor:
+        moved = torch._foreach_sub(list(params), start)
+        pull = torch._foreach_mul(moved, fisher)
+        ctx.save_for_backward(*pull)
+        return 0.5 * torch.stack([torch.dot(m.flatten(), p.flatten()) for m, p in zip(moved, pull, strict=True)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(list(ctx.saved_tensors), grads[0])

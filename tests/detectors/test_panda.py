@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from panda_lightning import PANDA, Backbone, ImageFolder, PandaError, fisher
 from panda_lightning.datamodules.base import ShardedSampler
-from tests.conftest import make_folder
+from tests.conftest import make_folder, picture
 
 
 def trainer(tmp_path, epochs=2, **options):
@@ -273,8 +274,8 @@ def test_the_published_recipe_is_the_default():
     assert detector.hparams == {
         "backbone": "resnet152.tv_in1k", "weights": None, "adapt_stages": 2, "k": 2, "normalize": False,
         "normalize_loss": False, "ewc_weight": 1e4, "fisher": "auto", "lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-5,
-        "grad_clip": 1e-3, "prefix_cache_gb": 4.0, "prefix_cache_half": False, "index_backend": "auto",
-        "index_memory_mb": 512,
+        "grad_clip": 1e-3, "prefix_cache_gb": 4.0, "prefix_cache_half": False, "prefix_cache_dir": None,
+        "optimize": "folded", "index_backend": "auto", "index_memory_mb": 512,
     }  # fmt: skip
 
 
@@ -316,6 +317,34 @@ def test_what_exceeds_the_cache_steps_aside_and_says_so(tmp_path, folder, monkey
     assert "output of 11 images is kept" in caplog.text
     assert "output of 13 images would take" in caplog.text
     assert count.images == 11 + 2 + 2 * 13  # test images: at 0 and 1 epochs
+
+
+def test_the_cache_on_disk_is_found_again_by_the_same_images_only(tmp_path, folder, monkeypatch, caplog):
+    cache = tmp_path / "cache"
+    in_memory, written, found = (PANDA("panda_tiny", ewc_weight=0, grad_clip=10.0) for _ in range(3))
+    written.prefix_cache_dir = found.prefix_cache_dir = str(cache)
+    trainer(tmp_path, 2).fit(in_memory, data(folder))
+    trainer(tmp_path, 2).fit(written, data(folder))
+    count = CountsPrefix(monkeypatch)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, 2).fit(found, data(folder))
+    assert count.images == 2  # one of each data set to learn the size
+    assert f"in {cache}" in caplog.text
+    for detector in (written, found):
+        torch.testing.assert_close(detector.scores.score, in_memory.scores.score, rtol=1e-5, atol=0)
+    assert len(list(cache.iterdir())) == 2
+    picture("stripe", 77).save(folder / "train/spot/000.png")
+    trainer(tmp_path, 1).fit(PANDA("panda_tiny", ewc_weight=0, prefix_cache_dir=str(cache)), data(folder))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_full_disk_is_no_place_for_the_cache(tmp_path, folder, monkeypatch, caplog):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    detector = PANDA("panda_tiny", ewc_weight=0, prefix_cache_dir=str(tmp_path / "cache"))
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, 1).fit(detector, data(folder))
+    assert "more than is free in prefix_cache_dir (0.0)" in caplog.text
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_frozen_layers_of_images_on_disk(tmp_path, folder):

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning import metrics
 from panda_lightning.callbacks import Health, Media, Report
+from panda_lightning.checkpoints import WholeCheckpointIO
 from panda_lightning.features import gather
 from panda_lightning.loggers import AutoWandbLogger
 from panda_lightning.types import Batch, PandaError, Scores
@@ -23,10 +25,12 @@ class Detector(pl.LightningModule, ABC):
     A method overrides ``anomaly_score`` and, if it learns, ``training_step`` and ``configure_optimizers``.
 
     Attributes:
+        COMPUTING: Arguments that say how to compute, not what: they may differ from the checkpoint's.
         scores: Scores of the last whole validation or test, equal on every process.
         steps_trained: Optimiser steps behind the weights in use.
     """
 
+    COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir")
     scores: Scores | None = None
     steps_trained: int = 0
     _steps_per_epoch: int = 1
@@ -62,6 +66,8 @@ class Detector(pl.LightningModule, ABC):
                 f"{self.method} has nothing to train: run `lightning test` with the same arguments, "
                 "which builds its bank and saves it in last.ckpt."
             )
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         for logger in self.trainer.loggers:
             if isinstance(logger, AutoWandbLogger):
                 run = {

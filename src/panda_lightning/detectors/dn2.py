@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.backbones import Backbone
+from panda_lightning.backbones import Backbone, Optimize
 from panda_lightning.callbacks import RebuildIndex
 from panda_lightning.detectors.base import Detector
 from panda_lightning.features import extract
@@ -29,6 +29,8 @@ class DN2(Detector):
         weights: A file with weights for the named architecture, in place of timm's.
         k: Neighbours to sum over.
         normalize: L2-normalise features before distances are taken; often helps, above all on blurred or small images.
+        optimize: How the network is computed, each with what is before it: plain, channels_last, folded (BatchNorm of
+            frozen layers folded into convolutions), compiled (torch.compile). Scores agree to float32's rounding.
         index_backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU.
         index_memory_mb: Memory a chunk of the search may take, in MiB.
     """
@@ -39,6 +41,7 @@ class DN2(Detector):
         weights: str | None = None,
         k: int = 2,
         normalize: bool = False,
+        optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
@@ -51,6 +54,7 @@ class DN2(Detector):
         self.adapt_stages = 0
         self.k = k
         self.normalize = normalize
+        self.optimize = optimize
         self.index = KNNIndex(index_backend, index_memory_mb)
         self.bank: Tensor | None = None  # (N, D) float32, as the network gives them
         self.bank_step = -1  # steps_trained when it was made
@@ -100,7 +104,7 @@ class DN2(Detector):
 
         A run does it by itself, unless the network has come from a checkpoint.
         """
-        self.backbone = Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages)
+        self.backbone = Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)
 
     @override
     def setup(self, stage: str) -> None:
@@ -131,5 +135,5 @@ class DN2(Detector):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if not hasattr(self, "backbone"):
-            self.backbone = Backbone.from_config(checkpoint["backbone"], self.adapt_stages)
+            self.backbone = Backbone.from_config(checkpoint["backbone"], self.adapt_stages, self.optimize)
         self.bank, self.bank_step = checkpoint["bank"], checkpoint["bank_step"]

@@ -10,6 +10,7 @@ from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from panda_lightning import fisher, losses
+from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.features import cache_prefix, on_device
 from panda_lightning.knn import Backend
@@ -44,6 +45,9 @@ class PANDA(DN2):
         prefix_cache_gb: Memory for the output of the frozen layers, which every image then passes once, in GiB on each
             process; 0 turns it off. What does not fit passes all layers each time.
         prefix_cache_half: Keep it in float16.
+        prefix_cache_dir: Keep it in files of this folder instead, of any size that the disk holds; later runs on the
+            same images with the same frozen layers find it there, and processes of one machine share it.
+        optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
     """
@@ -64,10 +68,12 @@ class PANDA(DN2):
         grad_clip: float = 1e-3,
         prefix_cache_gb: float = 4.0,
         prefix_cache_half: bool = False,
+        prefix_cache_dir: str | None = None,
+        optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
-        super().__init__(backbone, weights, k, normalize, index_backend, index_memory_mb)
+        super().__init__(backbone, weights, k, normalize, optimize, index_backend, index_memory_mb)
         if adapt_stages < 1:
             raise PandaError("adapt_stages=0 leaves nothing to adapt: choose 1 or more, or use DN2.")
         if ewc_weight < 0:
@@ -82,6 +88,7 @@ class PANDA(DN2):
         self.grad_clip = grad_clip
         self.prefix_cache_gb = prefix_cache_gb
         self.prefix_cache_half = prefix_cache_half
+        self.prefix_cache_dir = prefix_cache_dir
         self.centre: Tensor | None = None  # (D,)
         self.start: dict[str, Tensor] = {}  # adapted parameters before training, by plain timm name
         self.fisher: dict[str, Tensor] = {}
@@ -148,10 +155,12 @@ class PANDA(DN2):
     @override
     def on_fit_start(self) -> None:
         if self.ewc_weight and not self.fisher:  # the estimate is named after the pixels: before they are replaced
-            self._fisher_path = fisher.cache_path(self.backbone, self.data.normal_dataloader())
+            self._fisher_path = fisher.cache_path(self.backbone, self.data.normal_dataloader().dataset)
         budget = int(self.prefix_cache_gb * 2**30)
         for loader in (self.data.normal_dataloader(), self.data.val_dataloader()) if budget else ():
-            budget -= cache_prefix(self.trainer, self.backbone, loader, budget, self.prefix_cache_half)
+            budget -= cache_prefix(
+                self.trainer, self.backbone, loader, budget, self.prefix_cache_half, self.prefix_cache_dir
+            )
 
     @override
     def on_train_start(self) -> None:

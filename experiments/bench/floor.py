@@ -4,6 +4,7 @@ python experiments/bench/floor.py NETWORK IMAGES EPOCHS [ORDERS]   prints one li
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -37,7 +38,7 @@ def train(network, folder, epochs, orders):
             loss = (backbone.suffix(bank_hidden[rows]) - centre).square().mean()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1e-3)
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
             optimizer.step()
         lap("train")
         with torch.no_grad():
@@ -58,4 +59,5 @@ def train(network, folder, epochs, orders):
 if __name__ == "__main__":
     start = time.perf_counter()
     found, seconds = train(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
-    print(json.dumps({"seconds": time.perf_counter() - start, "aurocs": found, "phases": seconds}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak, "aurocs": found, "phases": seconds}))

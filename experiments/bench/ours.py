@@ -4,6 +4,7 @@ python experiments/bench/ours.py NETWORK IMAGES EPOCHS   prints one line of JSON
 """
 
 import json
+import resource
 import logging
 import sys
 import tempfile
@@ -40,5 +41,6 @@ if __name__ == "__main__":
             enable_model_summary=False,
         )
         data = ImageFolder(root=sys.argv[2], image_size=224, crop="squash")
-        trainer.fit(PANDA(f"local-dir:{sys.argv[1]}", ewc_weight=0), data)
-    print(json.dumps({"seconds": time.perf_counter() - start, "aurocs": curve.aurocs}))
+        trainer.fit(PANDA(f"local-dir:{sys.argv[1]}", ewc_weight=0, grad_clip=0.1), data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak, "aurocs": curve.aurocs}))

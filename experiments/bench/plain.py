@@ -9,6 +9,7 @@ NETWORK is a timm local-dir with a ResNet, IMAGES a folder train/<class>, test/<
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def train(network, folder, epochs, size=224, orders=None):
             loss = ((out - centre) ** 2).mean()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1e-3)
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
             optimizer.step()
         aurocs.append(evaluate()[0])
     return aurocs
@@ -103,4 +104,5 @@ def train(network, folder, epochs, size=224, orders=None):
 if __name__ == "__main__":
     start = time.perf_counter()
     found = train(sys.argv[1], sys.argv[2], int(sys.argv[3]), orders=json.loads(sys.argv[4]) if sys.argv[4:] else None)
-    print(json.dumps({"seconds": time.perf_counter() - start, "aurocs": found}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak, "aurocs": found}))

@@ -12,7 +12,7 @@ LAYERS = [
     {"backbones"},
     {"features", "fisher"},
     {"callbacks", "datamodules"},
-    {"detectors"},
+    {"detectors", "pretraining"},
     {"cli"},
     {"tools"},
 ]

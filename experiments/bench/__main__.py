@@ -1,14 +1,15 @@
 """Compare the package with a plain script and with a bare cached loop: make bench, or
 
-    python experiments/bench [--epochs 2] [--repeats 3] [--train 256] [--test 512] [-o FILE]
+    python experiments/bench [--epochs 2] [--repeats 3] [--train 256] [--test 512] [--growth] [-o FILE]
 
 ResNet-18 at 224 px, float32, images of 32 x 32 pixels as CIFAR-10's; random weights and pictures, which cost the same
-as real ones; gradients clipped to 0.1, so that AUROC moves. Runs alternate; medians; each run is a process of its own, timed inside after its imports. AUROC of all
-three is compared epoch by epoch.
+as real ones; gradients clipped to 0.1, so that AUROC moves. Runs alternate; medians; each run is a process of its own,
+timed inside after its imports. AUROC of all three is compared epoch by epoch.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -64,26 +65,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("epochs", 2), ("repeats", 3), ("train", 256), ("test", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--growth", action="store_true", help="instead: the bare loop with 1, 2, 4 times --train")
     parser.add_argument("-o", "--output", type=Path, help="write the table here too")
     options = parser.parse_args()
-    results: dict[str, list[dict]] = {name: [] for name in NAMES}
+    sizes = [options.train * factor for factor in ((1, 2, 4) if options.growth else (1,))]
+    names = ("floor",) if options.growth else NAMES
+    jobs = [(size, name) for _ in range(options.repeats) for size in sizes for name in names]
+    results: dict[tuple[int, str], list[dict]] = {job: [] for job in jobs}
     with tempfile.TemporaryDirectory() as work:
         make_network(Path(work, "network"))
-        make_images(Path(work, "images"), options.train, options.test)
-        sampler, orders = ShardedSampler(options.train, 1, 0, shuffle=True), []
-        for epoch in range(options.epochs):
-            sampler.set_epoch(epoch)
-            orders.append(list(sampler))
-        for _, name in track([(r, name) for r in range(options.repeats) for name in NAMES], "Benchmark"):
-            command = [sys.executable, HERE / f"{name}.py", f"{work}/network", f"{work}/images", str(options.epochs)]
-            done = subprocess.run([*command, json.dumps(orders)], capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    text = report(results, options)
+        for size in sizes:
+            make_images(Path(work, str(size)), size, options.test)
+        for size, name in track(jobs, "Benchmark"):
+            results[size, name].append(run(HERE / f"{name}.py", Path(work), size, options.epochs))
+    text = growth(results, sizes) if options.growth else report({n: results[sizes[0], n] for n in NAMES}, options)
     print(text)
     if options.output:
         options.output.write_text(text + "\n")
+
+
+def run(script: Path, work: Path, train: int, epochs: int) -> dict:
+    """What one script measured, in a process of its own."""
+    sampler, orders = ShardedSampler(train, 1, 0, shuffle=True), []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    command = [sys.executable, script, work / "network", work / str(train), str(epochs), json.dumps(orders)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth(results: dict[tuple[int, str], list[dict]], sizes: list[int]) -> str:
+    """Seconds of each phase by the number of training images, and the exponent of growth from first to last."""
+    lines = ["| phase | " + " | ".join(f"{size} images, s" for size in sizes) + " | growth |"]
+    lines += ["|" + "---|" * (len(sizes) + 2)]
+    for phase in results[sizes[0], "floor"][0]["phases"]:
+        seconds = [median(r["phases"][phase] for r in results[size, "floor"]) for size in sizes]
+        exponent = math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+        lines.append(f"| {phase} | " + " | ".join(f"{s:.3f}" for s in seconds) + f" | n^{exponent:.2f} |")
+    return "\n".join(lines)
 
 
 def report(results: dict[str, list[dict]], options: argparse.Namespace) -> str:

@@ -4,8 +4,8 @@ python experiments/bench/ours.py NETWORK IMAGES EPOCHS   prints one line of JSON
 """
 
 import json
-import resource
 import logging
+import resource
 import sys
 import tempfile
 import time

@@ -20,6 +20,7 @@ from panda_lightning.detectors import DN2, PANDA, Detector
 from panda_lightning.knn import KNNIndex
 from panda_lightning.loggers import AutoWandbLogger
 from panda_lightning.metrics import auroc
+from panda_lightning.pretraining import LabelledFolder, Pretraining
 from panda_lightning.types import Batch, PandaError
 
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
     "HyperKvasir",
     "ImageFolder",
     "KNNIndex",
+    "LabelledFolder",
     "MVTecAD",
     "PandaError",
+    "Pretraining",
     "auroc",
 ]

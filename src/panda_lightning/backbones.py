@@ -178,6 +178,11 @@ class Backbone(nn.Module):
         return int(_timm(self.model).feature_info[-1]["reduction"])
 
     @property
+    def num_features(self) -> int:
+        """Dimensions of the features."""
+        return int(_timm(self.model).head_hidden_size)
+
+    @property
     def num_classes(self) -> int:
         """Outputs of the pretrained classifier, 0 if there is none."""
         return int(_timm(self.model).num_classes)

@@ -7,6 +7,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -94,8 +95,8 @@ def main(args: ArgsType = None) -> None:
     _silence()
     try:
         PandaCLI(
-            Detector,
-            AnomalyDataModule,
+            pl.LightningModule,
+            pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=OneSentenceParser,

@@ -162,10 +162,14 @@ def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     Returns:
         (index (N,), values (N, ...), ...), the same on every process.
     """
-    columns: tuple[Tensor, ...] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    columns: tuple[Tensor, ...] = (
+        tuple(torch.cat(column) for column in zip(*parts, strict=True)) if len(parts) != 1 else parts[0]
+    )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         columns = _all_gather(columns)
     index = columns[0]
+    if len(index) and index[0] >= 0 and bool((index[1:] > index[:-1]).all()):
+        return columns  # so it is without other processes: nothing to copy
     order = torch.argsort(index, stable=True)
     index = index[order]
     first = torch.ones_like(index, dtype=torch.bool)

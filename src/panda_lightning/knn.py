@@ -45,7 +45,8 @@ class KNNIndex:
         bank = bank.detach().float()
         self._mean = bank.mean(dim=0)
         self._bank = (bank - self._mean).contiguous()
-        self._norms = self._bank.square().sum(dim=1)
+        if not self._faiss:  # which computes its own
+            self._norms = torch.linalg.vector_norm(self._bank, dim=1).square()
         return self
 
     def __len__(self) -> int:
@@ -71,20 +72,28 @@ class KNNIndex:
                 f"choose 1 to {len(self._bank)}."
             )
         count = min(k + self.EXTRA, len(self._bank))
-        # a row of a chunk holds its products with the bank and its candidates' differences
-        row_bytes = 4 * (2 * len(self._bank) + 2 * count * self._bank.shape[1])
+        # a row of a chunk holds its candidates' differences and, but for faiss, its products with the bank
+        row_bytes = 4 * (2 * count * self._bank.shape[1] + (0 if self._faiss else 2 * len(self._bank)))
         rows = max(1, self.memory_mb * 2**20 // row_bytes)
+        # differences on a CPU are taken a few rows at a time, which stay in its caches
+        block = max(1, 2**20 // (count * self._bank.shape[1])) if self._bank.device.type == "cpu" else rows
         distances, neighbours = [], []
         with _full_float32(self._bank.device):
             for chunk in torch.split(queries.detach().float() - self._mean, rows):
                 near = self._candidates(chunk, count)
-                exact = (chunk.unsqueeze(1) - self._bank[near]).square().sum(dim=2)
+                pieces = zip(torch.split(chunk, block), torch.split(near, block), strict=True)
+                exact = torch.cat([self._distances(*piece) for piece in pieces])
                 distance, order = exact.topk(k, largest=False, sorted=True)
                 distances.append(distance)
                 neighbours.append(near.gather(1, order))
         if not distances:
             return queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long)
         return torch.cat(distances), torch.cat(neighbours)
+
+    def _distances(self, queries: Tensor, near: Tensor) -> Tensor:
+        """Squared distances of each query (B, D) to its candidates (B, count), (B, count)."""
+        assert self._bank is not None
+        return (queries.unsqueeze(1) - self._bank[near]).square_().sum(dim=2)
 
     def _candidates(self, queries: Tensor, count: int) -> Tensor:
         """Numbers of the ``count`` rows nearest to each query by the matrix-product form, (B, count)."""

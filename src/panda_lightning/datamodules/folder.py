@@ -25,7 +25,7 @@ class ImageFolder(AnomalyDataModule):
             self.classes = tuple(sorted({*folders, *train, *self._class_folders("test")}))
             if self.normal_class is None and len(train) == 1:
                 self.normal_class = next(iter(train))
-        files = {name: _images_below(folder) for name, folder in folders.items()}
+        files = {name: images_below(folder) for name, folder in folders.items()}
         sources = [path for name in folders for path in files[name]]
         targets = [self.classes.index(name) for name in folders for _ in files[name]]
         if not sources:
@@ -45,5 +45,6 @@ class ImageFolder(AnomalyDataModule):
         return {p.name: p for p in found}
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Files of images in a folder and its subfolders, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())

@@ -122,7 +122,7 @@ class ImageDataset(Dataset[Batch]):
 
     Args:
         images: What to read.
-        anomalous: (N,) bool.
+        label: (N,), True or 1 where anomalous, or class numbers.
         view: How images are resized.
         in_memory: Decode everything now.
         skip_unreadable: Leave out, and count, files that are not images, instead of raising.
@@ -135,7 +135,7 @@ class ImageDataset(Dataset[Batch]):
     def __init__(
         self,
         images: Images,
-        anomalous: npt.NDArray[np.bool_],
+        label: npt.NDArray[np.bool_] | npt.NDArray[np.int64],
         view: View,
         in_memory: bool,
         skip_unreadable: bool,
@@ -164,11 +164,11 @@ class ImageDataset(Dataset[Batch]):
                 )
             rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
             good = np.array([i for i in rows if i not in bad])
-            images, anomalous = images.take(good), anomalous[good]
+            images, label = images.take(good), label[good]
             self.pixels = None if self.pixels is None else self.pixels[good]
         self.images = images
         self.hidden: Tensor | None = None
-        self.label = torch.from_numpy(anomalous.astype(np.int64))
+        self.label = torch.from_numpy(label.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import timm
 import torch
@@ -38,8 +40,9 @@ def plain_loop(backbone: Backbone, batches: list[Batch], seed: int) -> dict[str,
     return {name: t / count for name, t in total.items()}
 
 
+@pytest.mark.parametrize("vectorised", [True, False])
 @pytest.mark.parametrize("name", ["panda_tiny", "mobilenetv2_035", "vit_tiny_patch16_224"])
-def test_estimate_is_that_of_a_plain_loop(name):
+def test_estimate_is_that_of_a_plain_loop(name, vectorised):
     torch.manual_seed(0)
     if name == "panda_tiny":
         backbone = Backbone.pretrained(name)
@@ -47,11 +50,73 @@ def test_estimate_is_that_of_a_plain_loop(name):
         backbone = Backbone(timm.create_model(name, num_classes=6, **({"img_size": 32} if "vit" in name else {})), 1)
     backbone.double()
     batches = make_batches(32, 7, 3)
-    got = fisher.estimate(backbone, batches)
+    estimator = fisher.Estimator(backbone)
+    estimator._vectorised = vectorised
+    for batch in batches:
+        estimator.add(batch)
+    total, count = estimator.sums()
     expected = plain_loop(backbone, batches, seed=0)
-    assert list(got) == list(backbone.adapted())
+    assert list(total) == list(backbone.adapted())
+    assert count == 7
     for key, value in expected.items():
-        torch.testing.assert_close(got[key].double(), value, rtol=1e-5, atol=float(value.max()) * 1e-7)
+        torch.testing.assert_close(total[key] / count, value, rtol=1e-6, atol=float(value.max()) * 1e-9)
+        torch.testing.assert_close(estimator.diagonal()[key], value.float(), rtol=1e-5, atol=1e-30)
+
+
+def test_groups_square_the_gradient_of_their_mean_and_are_smaller():
+    backbone = Backbone.pretrained("panda_tiny").double()
+    (batch,) = make_batches(32, 70, 70)
+    batch["label"] = torch.randint(0, 200, (70,), generator=torch.Generator().manual_seed(1))
+    each, groups = fisher.Estimator(backbone), fisher.Estimator(backbone, group=32)
+    for estimator in (each, groups):
+        estimator.add(batch, true_labels=True)
+    assert (each.count, groups.count) == (70, 2)  # six are left over
+    adapted = backbone.adapted()
+    expected = {name: torch.zeros_like(p) for name, p in adapted.items()}
+    for rows in (slice(0, 32), slice(32, 64)):
+        logits = backbone.logits(backbone.prefix(batch["image"][rows]))
+        gradients = torch.autograd.grad(F.cross_entropy(logits, batch["label"][rows]), adapted.values())
+        for name, gradient in zip(adapted, gradients, strict=True):
+            expected[name] += gradient**2 / 2
+    for name, value in groups.diagonal().items():
+        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=0)
+
+
+def test_an_operation_without_vectorised_form_falls_back_to_the_loop(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("vmap: no batching rule")
+
+    backbone, batches = Backbone.pretrained("panda_tiny"), make_batches(32, 3, 3)
+    expected = fisher.estimate(backbone, batches)
+    estimator = fisher.Estimator(backbone)
+    estimator._vectorised = True
+    monkeypatch.setattr(fisher, "vmap", refuse)
+    with caplog.at_level("INFO"):
+        estimator.add(batches[0])
+    assert "one image after the other: vmap: no batching rule" in caplog.text
+    for name, value in estimator.diagonal().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * float(value.max()))
+
+
+def test_half_files_keep_small_values(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: 10 ** (-9 * torch.rand_like(p)) * 1e-3 for name, p in backbone.adapted().items()}
+    fisher.save(diagonal, tmp_path / "f.safetensors", {"estimator": "a test"}, half=True)
+    assert (tmp_path / "f.safetensors").stat().st_size < 1.1 * 2 * sum(t.numel() for t in diagonal.values())
+    for name, value in fisher.load(str(tmp_path / "f.safetensors"), backbone).items():
+        torch.testing.assert_close(value, diagonal[name], rtol=2e-2, atol=0)
+
+
+def test_a_file_of_other_weights_warns(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    fisher.save(diagonal, tmp_path / "f.safetensors", {"weights": fisher.weights_name(backbone)})
+    with warnings.catch_warnings(action="error"):
+        fisher.load(str(tmp_path / "f.safetensors"), backbone)
+    with torch.no_grad():
+        next(iter(backbone.adapted().values())).add_(1e-3)
+    with pytest.warns(UserWarning, match="was made for other weights"):
+        fisher.load(str(tmp_path / "f.safetensors"), backbone)
 
 
 def test_estimate_depends_neither_on_batches_nor_on_chunks_nor_on_fillers():

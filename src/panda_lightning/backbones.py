@@ -52,6 +52,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    fisher_file: Path | None = None  # the Fisher diagonal that lies beside the weights
 
     def __init__(
         self,
@@ -133,7 +134,11 @@ class Backbone(nn.Module):
                 model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
             raise PandaError(_no_weights(name, error)) from error
-        return cls(model, adapt_stages, model_args, optimize)
+        backbone = cls(model, adapt_stages, model_args, optimize)
+        beside = Path(source.removeprefix("local-dir:")) / "fisher.safetensors"
+        if source.startswith("local-dir:") and weights is None and beside.is_file():
+            backbone.fisher_file = beside
+        return backbone
 
     @classmethod
     def from_config(cls, config: dict[str, Any], adapt_stages: int, optimize: Optimize = "folded") -> Self:

@@ -1,5 +1,6 @@
 """The Fisher-information diagonal of the pretraining task, which weights EWC."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -19,61 +22,116 @@ from panda_lightning.types import Batch, PandaError
 Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
 
 
-def estimate(
-    backbone: Backbone,
-    batches: Iterable[Batch],
-    memory_mb: int = 1024,
-    seed: int = 0,
-) -> Diagonal:
-    r"""Estimate the diagonal from images alone, labels drawn from the classifier's own softmax.
+class Estimator:
+    r"""Adds up the squared gradients of the log-likelihood of labels, image by image or batch by batch.
 
-    .. math:: F_i = \frac1N \sum_n \left( \partial_{\theta_i} \log p_\theta(y_n | x_n) \right)^2,
-              \quad y_n \sim p_\theta(\cdot | x_n)
+    .. math:: F_i = \frac1N \sum_n \left( \partial_{\theta_i} \log p_\theta(y_n | x_n) \right)^2
 
-    This is the Fisher information of the classifier on these images (gradients per sample, not of batch means).
-    PANDA section 3.3 uses ImageNet's images and true labels instead.
+    With true labels this is the empirical Fisher of PANDA section 3.3; with labels drawn from the classifier's own
+    softmax, y_n ~ p(. | x_n), the Fisher information itself, which needs no labels. With ``group`` B > 1 the gradient
+    is that of the mean over B images, and N counts groups: about B times smaller, since a mean of B independent
+    gradients has a B-th of their variance. Lambda means something only together with this convention.
 
     Args:
-        backbone: A network with its pretrained classifier.
-        batches: Each process its share of the images, on the backbone's device; index -1 is left out.
-        memory_mb: Roughly the memory that the gradients of one chunk of samples may take, in MiB.
-        seed: Label n depends on it and on the image's index only, not on batches or processes.
-
-    Returns:
-        Float32 tensors shaped like the adapted parameters, the same on every process.
+        backbone: A network with its pretrained classifier, on the images' device.
+        group: Images behind each gradient that is squared.
+        memory_mb: Roughly the memory that the gradients of one chunk of images may take, in MiB.
+        seed: Of the drawn labels; label n depends on it and on the image's index only, not on batches or processes.
 
     Raises:
         PandaError: If the backbone has no classifier.
     """
-    require_classifier(backbone)
-    params = {f"backbone.model.{name}": p.detach() for name, p in backbone.adapted().items()}
-    classify = _Classify(backbone)
-    size = sum(p.numel() for p in params.values())
-    chunk = max(1, memory_mb * 2**20 // (4 * 3 * size))  # the gradients, their squares, and the work between
 
-    def log_likelihood(params: Diagonal, hidden: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(classify, params, (hidden.unsqueeze(0),))
-        return -F.cross_entropy(logits.float(), label.unsqueeze(0))
+    def __init__(self, backbone: Backbone, group: int = 1, memory_mb: int = 1024, seed: int = 0) -> None:
+        require_classifier(backbone)
+        self.backbone, self.group, self.seed = backbone, group, seed
+        self.params = {name: p.detach() for name, p in backbone.adapted().items()}
+        size = sum(p.numel() for p in self.params.values())
+        self.chunk = max(1, memory_mb * 2**20 // (4 * 3 * size))  # the gradients, their squares, and the work between
+        self.total = {n: p.new_zeros(p.shape, dtype=_at_least_float32(p.dtype)) for n, p in self.params.items()}
+        self.count = torch.zeros((), dtype=torch.float64, device=backbone.mean.device)
+        self._classify = _Classify(backbone)
+        self._vectorised = self.count.is_cuda  # on a CPU one image after the other is faster (experiments/RESULTS.md)
 
-    per_sample = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
-    count = torch.zeros((), device=next(iter(total.values())).device)
-    for batch in batches:
+    def add(self, batch: Batch, true_labels: bool = False) -> None:
+        """Count the images of a batch; those of index -1 are left out, as is what is left of the last whole group.
+
+        Args:
+            batch: Its label is the number of the classifier's class where ``true_labels``.
+            true_labels: Take the batch's labels in place of drawn ones.
+        """
         real = batch["index"] >= 0
         if not real.any():
-            continue
+            return
         with torch.no_grad():
-            hidden = backbone.prefix(batch["image"][real])
-            probabilities = backbone.logits(hidden).float().softmax(dim=1)
-        labels = _draw(probabilities, batch["index"][real], seed)
-        for some_hidden, some_labels in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True):
-            for name, gradient in per_sample(params, some_hidden, some_labels).items():
-                total[name] += gradient.square().sum(dim=0)
-        count += real.sum()
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (count, *total.values()):
-            dist.all_reduce(tensor)
-    return {name.removeprefix("backbone.model."): t / count for name, t in total.items()}
+            hidden = self.backbone.prefix(batch["image"][real])
+            labels = batch["label"][real]
+            if not true_labels:
+                probabilities = self.backbone.logits(hidden).float().softmax(dim=1)
+                labels = _draw(probabilities, batch["index"][real], self.seed)
+        rows = self.chunk if self.group == 1 else self.group
+        for some_hidden, some_labels in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True):
+            if self.group == 1:
+                self._add_each(some_hidden, some_labels)
+            elif len(some_hidden) == self.group:
+                self._add_mean(some_hidden, some_labels)
+
+    def _add_each(self, hidden: Tensor, labels: Tensor) -> None:
+        if self._vectorised:
+            try:
+                per_sample = vmap(grad(self._log_likelihood), in_dims=(None, 0, 0))
+                gradients = per_sample(self.params, hidden.unsqueeze(1), labels.unsqueeze(1))
+            except RuntimeError as error:  # an operation of this network has no vectorised form
+                rank_zero_info(f"Gradients are taken one image after the other: {str(error).splitlines()[0]}")
+                self._vectorised = False
+            else:
+                for name, gradient in gradients.items():
+                    self.total[name] += gradient.square().sum(dim=0)
+                self.count += len(hidden)
+                return
+        for image, label in zip(torch.split(hidden, 1), torch.split(labels, 1), strict=True):
+            self._add_mean(image, label)
+
+    def _add_mean(self, hidden: Tensor, labels: Tensor) -> None:
+        for name, gradient in grad(self._log_likelihood)(self.params, hidden, labels).items():
+            self.total[name].addcmul_(gradient, gradient)
+        self.count += 1
+
+    def _log_likelihood(self, params: Diagonal, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = functional_call(self._classify, {f"backbone.model.{n}": p for n, p in params.items()}, (hidden,))
+        return -F.cross_entropy(logits.to(_at_least_float32(logits.dtype)), labels)
+
+    def sums(self) -> tuple[Diagonal, Tensor]:
+        """Sums of the squares and their number over all processes, each of which must call it."""
+        total, count = {name: t.clone() for name, t in self.total.items()}, self.count.clone()
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (count, *total.values()):
+                dist.all_reduce(tensor)
+        return total, count
+
+    def diagonal(self) -> Diagonal:
+        """The estimate, shaped like the adapted parameters, the same on every process."""
+        total, count = self.sums()
+        return {name: (t / count).float() for name, t in total.items()}
+
+
+def estimate(backbone: Backbone, batches: Iterable[Batch], memory_mb: int = 1024, seed: int = 0) -> Diagonal:
+    """Estimate the diagonal from images alone: per image, labels drawn (see Estimator).
+
+    Args:
+        backbone: See Estimator.
+        batches: Each process its share of the images, on the backbone's device; index -1 is left out.
+        memory_mb: See Estimator.
+        seed: See Estimator.
+    """
+    estimator = Estimator(backbone, memory_mb=memory_mb, seed=seed)
+    for batch in batches:
+        estimator.add(batch)
+    return estimator.diagonal()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def require_classifier(backbone: Backbone) -> None:
@@ -111,21 +169,32 @@ def ones(backbone: Backbone) -> Diagonal:
 
 
 def load(path: str, backbone: Backbone) -> Diagonal:
-    """Read a diagonal from a safetensors file or a ``.pth`` dictionary.
+    """Read a diagonal from a safetensors file of ours or of anybody, or a ``.pth`` dictionary such as the authors'.
 
     Args:
         path: A file that maps plain timm names to tensors; it may hold frozen layers too.
-        backbone: The network it must fit.
+        backbone: The network it must fit, with its pretrained weights.
 
     Raises:
         PandaError: If the file is not there, or its names or shapes do not fit: it lists them.
     """
     if not Path(path).is_file():
         raise PandaError(f"fisher={path} is neither a file nor one of auto, ones.")
+    scale = 1.0
     if path.endswith(".safetensors"):
-        found = load_file(path)
+        found, made = load_file(path), header(path)
+        scale = float(made.get("scale", 1.0))
+        if made.get("weights", (own := weights_name(backbone))) != own:
+            rank_zero_warn(
+                f"fisher={path} was made for other weights of {made.get('backbone', 'a network of this form')} than "
+                f"these: EWC then guards the wrong ones. Make one with `panda fisher`."
+            )
     else:
         found = torch.load(path, map_location="cpu", weights_only=True)
+        rank_zero_info(
+            f"fisher={path} does not say how it was made. If by squares of gradients of batches of 32, as the authors' "
+            "seems to be, the published ewc_weight 1e4 belongs to it; with one per image, divide that by about 32."
+        )
     known = dict(backbone.model.named_parameters())
     adapted = backbone.adapted()
     wrong = [f"{name} is missing" for name in adapted if name not in found]
@@ -141,14 +210,38 @@ def load(path: str, backbone: Backbone) -> Diagonal:
             f"{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}. Name a file made for this network, "
             "or use fisher=auto."
         )
-    return {name: found[name].float() for name in adapted}
+    return {name: found[name].float() * scale for name in adapted}
 
 
-def save(diagonal: Diagonal, path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one step, so that a killed run leaves none or a whole one."""
+def header(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def weights_name(backbone: Backbone) -> str:
+    """A short name of the network's weights, which the files made from them carry."""
+    return fingerprint(backbone.model.state_dict())
+
+
+def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = False) -> None:
+    """Write a safetensors file in one step, so that a killed run leaves none or a whole one.
+
+    Args:
+        diagonal: Tensors by plain names.
+        path: Of the file.
+        metadata: What it says of itself.
+        half: Write float16, divided by a power of two that the header names, so that small values are not lost.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({name: t.cpu().contiguous() for name, t in diagonal.items()}, part, metadata=metadata)
+    tensors = {name: t.cpu().contiguous() for name, t in diagonal.items()}
+    if half:
+        largest = max(float(t.max()) for t in tensors.values())
+        scale = 2.0 ** math.ceil(math.log2(largest / 2**15)) if largest > 0 else 1.0
+        tensors = {name: (t / scale).half() for name, t in tensors.items()}
+        metadata = {**metadata, "scale": repr(scale)}
+    save_file(tensors, part, metadata=metadata)
     part.replace(path)
 
 

@@ -36,8 +36,9 @@ class PANDA(DN2):
         normalize: See DN2: L2-normalise features for scoring.
         normalize_loss: L2-normalise features for the centre and the compactness loss too.
         ewc_weight: Lambda; 0 turns EWC off. It means something only together with how ``fisher`` was estimated.
-        fisher: FILE (safetensors or .pth by plain parameter names), ``auto`` (estimated on the normal training images,
-            labels drawn from the pretrained classifier; kept on disk), or ``ones`` (L2 towards the start weights).
+        fisher: FILE (safetensors or .pth by plain parameter names; `panda fisher` makes one), ``auto`` (the one beside
+            the network's weights; without one, estimated on the normal training images with labels drawn from the
+            pretrained classifier, and kept on disk), or ``ones`` (L2 towards the start weights).
         lr: Learning rate of SGD.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
@@ -147,10 +148,13 @@ class PANDA(DN2):
         if stage == "fit" and self.ewc_weight and self.centre is None:  # a file that does not fit is refused now
             if self.fisher_source == "ones":
                 self.fisher = fisher.ones(self.backbone)
-            elif self.fisher_source == "auto":
-                fisher.require_classifier(self.backbone)
-            else:
+            elif self.fisher_source != "auto":
                 self.fisher = fisher.load(self.fisher_source, self.backbone)
+            elif self.backbone.fisher_file:
+                rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {self.backbone.fisher_file}")
+                self.fisher = fisher.load(str(self.backbone.fisher_file), self.backbone)
+            else:
+                fisher.require_classifier(self.backbone)
 
     @override
     def on_fit_start(self) -> None:

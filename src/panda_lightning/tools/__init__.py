@@ -7,10 +7,10 @@ returns the exit status.
 import sys
 
 from panda_lightning.cli import OneSentenceParser
-from panda_lightning.tools import check_data
+from panda_lightning.tools import check_data, fisher
 from panda_lightning.types import PandaError
 
-TOOLS = {"check-data": check_data}
+TOOLS = {"check-data": check_data, "fisher": fisher}
 
 
 def main(args: list[str] | None = None) -> int:

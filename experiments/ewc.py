@@ -1,0 +1,109 @@
+"""What EWC does: training far past the useful point with and without it.
+
+    python experiments/ewc.py run SETTING OUT [VARIANT ...]    one JSON file a run; what is there is not run again
+    python experiments/ewc.py draw OUT                         ewc.png and a table from these files
+
+SETTING is one of SETTINGS below. A variant is `none`, or SOURCE:LAMBDA with SOURCE one of
+    ones      L2 towards the start weights
+    target    Fisher diagonal of the normal training images, labels drawn from the classifier (`fisher: auto`)
+    FILE      a diagonal made by `panda fisher`, of the pretraining task
+Steps are ten times as long as published (grad_clip 1e-2): 30 epochs go as far as 300.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from panda_lightning import CIFAR10, PANDA, CatsVsDogs, Digits
+
+MOBILENET = "local-dir:../shared/weights/mobilenetv2_100.in1k"
+CIFAR = {"image_size": 112, "crop": "squash", "train_limit": 1500, "test_limit": 1000}
+SETTINGS = {  # data module, its arguments, backbone, normalised scoring
+    "cats": (CatsVsDogs, {"root": "data/cats_vs_dogs_small", "normal_class": "cat", "image_size": 160}, MOBILENET),
+    "airplane": (CIFAR10, {"normal_class": "airplane", **CIFAR}, MOBILENET),
+    "bird": (CIFAR10, {"normal_class": "bird", **CIFAR}, MOBILENET),
+    "digits": (Digits, {"normal_class": 8, "image_size": 64, "crop": "squash", "batch_size": 8}, "panda_tiny"),
+}
+
+
+class Curve(pl.Callback):
+    """A row an epoch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_validation_end(self, trainer, pl_module):
+        """AUROC now."""
+        self.rows.append({"epoch": pl_module.epochs_trained, "auroc": float(trainer.callback_metrics["val/auroc"])})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        """The terms of the epoch, after its validation."""
+        for key in ("train/compactness", "train/ewc", "train/distance_from_start"):
+            if key in trainer.callback_metrics:
+                self.rows[-1][key] = float(trainer.callback_metrics[key])
+
+
+def run(setting, out, variant, epochs=30):
+    """Fit once, write the curve."""
+    path = Path(out) / f"{setting}-{variant.replace('/', '_')}.json"
+    if path.is_file():
+        return
+    source, _, weight = variant.partition(":")
+    kind, arguments, backbone = SETTINGS[setting]
+    options = {"ewc_weight": float(weight or 0), "fisher": {"target": "auto", "none": "ones"}.get(source, source)}
+    curve = Curve()
+    pl.seed_everything(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[curve],
+        )
+        options |= {"grad_clip": 1e-2, "normalize": setting != "cats", "prefix_cache_dir": "data/cache"}
+        detector = PANDA(backbone, **options)
+        trainer.fit(detector, kind(**{"root": "data", **arguments}) if kind is not Digits else kind(**arguments))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"setting": setting, "variant": variant, "rows": curve.rows}, indent=0) + "\n")
+
+
+def draw(out):
+    """One panel a setting."""
+    from matplotlib.figure import Figure
+
+    found = [json.loads(path.read_text()) for path in sorted(Path(out).glob("*.json"))]
+    settings = [name for name in SETTINGS if any(f["setting"] == name for f in found)]
+    figure = Figure(figsize=(5 * len(settings), 4.2), layout="constrained")
+    print("| data | variant | AUROC at 0 | best | last | distance from start |\n|---|---|---|---|---|---|")
+    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        for one in (f for f in found if f["setting"] == setting):
+            rows, name = one["rows"], one["variant"]
+            source, _, weight = name.partition(":")
+            style = {"none": "k-", "ones": ":", "target": "--"}.get(source, "-")
+            label = f"{Path(source).stem} {weight}".strip()
+            axes.plot([r["epoch"] for r in rows], [r["auroc"] for r in rows], style, label=label)
+            aurocs = [r["auroc"] for r in rows]
+            moved = rows[-1].get("train/distance_from_start", 0.0)
+            print(f"| {setting} | {label} | {aurocs[0]:.4f} | {max(aurocs):.4f} | {aurocs[-1]:.4f} | {moved:.3g} |")
+        axes.set(title=setting, xlabel="epochs, with steps ten times the published ones", ylabel="AUROC")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(Path(out) / "ewc.png", dpi=100)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "draw":
+        draw(sys.argv[2])
+    else:
+        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        for each in sys.argv[4:]:
+            run(sys.argv[2], sys.argv[3], each)
+            print(each, flush=True)

@@ -2,9 +2,9 @@
 
     python experiments/backbones.py data NAME [NAME ...] [--epochs 6] [--clip 1e-3]
 
-NAME as model.backbone, `data` a folder with CIFAR-10 and Fashion-MNIST. 64 px, 1,500 training images a class and the first 3,000 (Fashion-MNIST) or evenly
-spaced 2,000 (CIFAR-10) test images; digits with batches of 8. Each cell: AUROC of the untrained network -> after the
-last epoch of Early, for raw and for L2-normalised scoring.
+NAME as model.backbone, `data` a folder with CIFAR-10 and Fashion-MNIST. 64 px; 1,500 training images a class, 3,000
+(Fashion-MNIST) or 2,000 (CIFAR-10) test images, evenly spaced; digits with batches of 8. Each cell: AUROC of the
+untrained network -> after the last epoch of Early, for raw and for L2-normalised scoring.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import tempfile
 import time
 
 import pytorch_lightning as pl
+import torch
 
 from panda_lightning import PANDA, ImageFolder
 
@@ -32,7 +33,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         curve = Curve()
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator="auto",
+            devices=1,
+            precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
             max_epochs=int(sys.argv[3]),
             logger=pl.loggers.CSVLogger(folder),
             callbacks=[curve],
@@ -41,6 +44,8 @@ if __name__ == "__main__":
             enable_model_summary=False,
         )
         data = ImageFolder(root=sys.argv[2], image_size=224, crop="squash")
-        trainer.fit(PANDA(f"local-dir:{sys.argv[1]}", ewc_weight=0, grad_clip=0.1), data)
+        trainer.fit(PANDA(f"local-dir:{sys.argv[1]}", ewc_weight=0, grad_clip=0.1, prefix_cache_gb=64), data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_reserved() / 2**30
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak, "aurocs": curve.aurocs}))

@@ -21,6 +21,8 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Images(Dataset):
     """Files below a folder, label 1 where their class is not the normal one."""
@@ -49,14 +51,14 @@ def features(model, dataset):
     """(N, D) features and (N,) labels."""
     found, labels = [], []
     for images, label, _ in DataLoader(dataset, batch_size=32, num_workers=2):
-        found.append(model.forward_head(model.forward_features(images), pre_logits=True))
+        found.append(model.forward_head(model.forward_features(images.to(DEVICE)), pre_logits=True))
         labels.append(label)
     return torch.cat(found), torch.cat(labels).numpy()
 
 
 def scores(bank, queries, k=2):
     """Sum of the k smallest squared distances."""
-    return torch.cdist(queries, bank).square().topk(k, largest=False).values.sum(dim=1).numpy()
+    return torch.cdist(queries, bank).square().topk(k, largest=False).values.sum(dim=1).cpu().numpy()
 
 
 def train(network, folder, epochs, size=224, orders=None):
@@ -69,7 +71,7 @@ def train(network, folder, epochs, size=224, orders=None):
         size: Of the images in pixels.
         orders: The order of the training images in each epoch, so that another implementation can be compared.
     """
-    model = timm.create_model(f"local-dir:{network}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{network}", pretrained=True).eval().to(DEVICE)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     normal = next(Path(folder, "train").iterdir()).name
     train_set = Images(Path(folder, "train"), normal, size, mean, std)
@@ -91,7 +93,7 @@ def train(network, folder, epochs, size=224, orders=None):
     for epoch in range(epochs):
         order = orders[epoch] if orders else torch.randperm(len(train_set)).tolist()
         for images, _, _ in DataLoader(train_set, batch_size=32, sampler=order, num_workers=2):
-            out = model.forward_head(model.forward_features(images), pre_logits=True)
+            out = model.forward_head(model.forward_features(images.to(DEVICE)), pre_logits=True)
             loss = ((out - centre) ** 2).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -105,4 +107,6 @@ if __name__ == "__main__":
     start = time.perf_counter()
     found = train(sys.argv[1], sys.argv[2], int(sys.argv[3]), orders=json.loads(sys.argv[4]) if sys.argv[4:] else None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_reserved() / 2**30
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_gib": peak, "aurocs": found}))

@@ -74,7 +74,7 @@ def cache_prefix(
         backbone: Whose frozen layers.
         loader: Of a data set with ``replace_pixels``: all of it in order, or this process's share.
         budget: Bytes of memory that it may take; where it needs more, the images stay.
-        half: Keep float16 in place of float32.
+        half: Keep float16, whatever the precision of the run.
         folder: Keep it in a file of this folder, where it is found again by the same images and layers; the budget
             then does not count, but the disk must have the space.
 
@@ -84,9 +84,9 @@ def cache_prefix(
     dataset: Any = loader.dataset
     strategy = trainer.strategy
     device = strategy.root_device
-    dtype = torch.float16 if half else torch.float32
     with trainer.precision_plugin.forward_context():
         one = backbone.prefix(dataset.__getitems__([0])["image"].to(device))
+    dtype = torch.float16 if half else one.dtype  # bfloat16 where the run computes in it: nothing more is lost
     shape, needed = (len(dataset), *one.shape[1:]), len(dataset) * one[0].numel() * dtype.itemsize
     what = f"The frozen layers' output of {len(dataset)} images"
     path, room = None, budget

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 from rich import get_console
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -140,7 +141,7 @@ class FisherRun(pl.LightningModule):
             self.backbone, self.config.batch or 1, self.config.memory_mb, self.config.seed
         )
         if self.done and self.trainer.is_global_zero:
-            earlier = fisher.load_file(self.part, device=str(self.device))
+            earlier = load_file(self.part, device=str(self.device))
             self.estimator.count += earlier.pop("count")
             for name, value in earlier.items():
                 self.estimator.total[name] += value
@@ -199,7 +200,7 @@ def head_classes(backbone: Backbone) -> dict[str, int]:
     named = backbone.config["pretrained_cfg"].get("label_names")
     if named:
         return {_plain(name): i for i, name in enumerate(named)}
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(backbone.model)
     if subset is None:
@@ -207,7 +208,7 @@ def head_classes(backbone: Backbone) -> dict[str, int]:
             f"--labels true: the {backbone.num_classes} classes of {backbone.architecture} have no names here: give "
             "label_names in its config.json, or use --labels sampled."
         )
-    info = ImageNetInfo(subset)
+    info: Any = ImageNetInfo(subset)
     classes = {_plain(name): i for i, name in enumerate(info.label_names())}
     for i in range(info.num_classes()):
         for name in info.index_to_description(i).split(","):

@@ -11,6 +11,7 @@ LAYERS = [
     {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints"},
     {"backbones"},
     {"features", "fisher"},
+    {"prefix_cache"},
     {"callbacks", "datamodules"},
     {"detectors", "pretraining"},
     {"cli"},

@@ -12,8 +12,9 @@ from typing_extensions import override
 from panda_lightning import fisher, losses
 from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.dn2 import DN2
-from panda_lightning.features import cache_prefix, on_device
+from panda_lightning.features import on_device
 from panda_lightning.knn import Backend
+from panda_lightning.prefix_cache import cache_prefix
 from panda_lightning.types import Batch, PandaError
 
 

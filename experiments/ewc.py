@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from panda_lightning import CIFAR10, PANDA, CatsVsDogs, Digits
+from panda_lightning import CIFAR10, PANDA, Digits, ImageFolder
 
 MOBILENET = "local-dir:../shared/weights/mobilenetv2_100.in1k"
 CIFAR = {"image_size": 112, "crop": "squash", "train_limit": 1500, "test_limit": 1000}
-SETTINGS = {  # data module, its arguments, backbone, normalised scoring
-    "cats": (CatsVsDogs, {"root": "data/cats_vs_dogs_small", "normal_class": "cat", "image_size": 160}, MOBILENET),
+CATS = {"image_size": 160, "crop": "squash"}  # data made by link_cats_vs_dogs.py
+SETTINGS = {  # data module, its arguments, backbone
+    "cats": (ImageFolder, {"root": "data/cats_vs_dogs_small", "normal_class": "cat", **CATS}, MOBILENET),
     "airplane": (CIFAR10, {"normal_class": "airplane", **CIFAR}, MOBILENET),
     "bird": (CIFAR10, {"normal_class": "bird", **CIFAR}, MOBILENET),
     "digits": (Digits, {"normal_class": 8, "image_size": 64, "crop": "squash", "batch_size": 8}, "panda_tiny"),

@@ -92,7 +92,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Words in place of sys.argv, for Python and tests.
     """
-    _silence()
+    silence()
     try:
         PandaCLI(
             pl.LightningModule,
@@ -113,7 +113,7 @@ def main(args: ArgsType = None) -> None:
         sys.exit(f"error: {refusal}")
 
 
-def _silence() -> None:
+def silence() -> None:
     """Leave out what is not meant for our users: an advertisement, and warnings about what we do on purpose."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

@@ -6,7 +6,7 @@ returns the exit status.
 
 import sys
 
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.cli import OneSentenceParser, silence
 from panda_lightning.tools import check_data, fisher
 from panda_lightning.types import PandaError
 
@@ -22,6 +22,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit status, 0 when nothing is wrong.
     """
+    silence()
     parser = OneSentenceParser(prog="panda", description="Tools around `lightning fit`.")
     commands = parser.add_subcommands()
     for name, tool in TOOLS.items():

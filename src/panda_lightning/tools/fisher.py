@@ -98,7 +98,7 @@ def run(config: Namespace) -> int:
         seconds = time.perf_counter() - start
         console = get_console()
         console.print(f"{config.output} ({config.output.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
-        for key, value in fisher.header(config.output).items():
+        for key, value in sorted(fisher.header(config.output).items()):
             console.print(f"  {key}: {value}", soft_wrap=True, highlight=False)
         console.print(f"{len(files)} images ({work.found} of them earlier) in {seconds:.0f} s, at most {peak:.1f} GiB")
     return 0

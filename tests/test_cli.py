@@ -63,7 +63,7 @@ def test_every_shipped_config_runs(config, variant, run, workdir):
         assert "oracle" in out
 
 
-@pytest.mark.parametrize("name", ["dn2", "early", "ewc"])
+@pytest.mark.parametrize("name", ["dn2", "early", "ewc", "ses"])
 def test_variants_give_the_published_values(name, run, workdir, capsys):
     """Effective values of config + variant against protocol: steps on CIFAR-10, optimiser, loss."""
     with pytest.raises(SystemExit):
@@ -73,9 +73,11 @@ def test_variants_give_the_published_values(name, run, workdir, capsys):
     assert config["model"]["class_path"].split(".")[-1] == {"dn2": "DN2"}.get(name, "PANDA")
     assert (model["backbone"], model["k"], model["normalize"]) == ("resnet152.tv_in1k", 2, False)
     assert (data["image_size"], data["crop"], data["resize"], data["batch_size"]) == (224, "center", None, 32)
+    callbacks = [callback["class_path"].split(".")[-1] for callback in config["trainer"]["callbacks"]]
+    assert callbacks == ["ModelCheckpoint", *(["SampleWiseEarlyStopping"] if name == "ses" else [])]
     if name != "dn2":
-        assert config["trainer"]["max_epochs"] == {"early": 15, "ewc": 50}[name]
-        assert model["ewc_weight"] == {"early": 0, "ewc": 1e4}[name]
+        assert config["trainer"]["max_epochs"] == {"early": 15, "ses": 15, "ewc": 50}[name]
+        assert model["ewc_weight"] == {"early": 0, "ses": 0, "ewc": 1e4}[name]
         published = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-5, "grad_clip": 1e-3, "adapt_stages": 2}
         assert {key: model[key] for key in published} == published
 

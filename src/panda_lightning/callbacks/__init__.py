@@ -4,5 +4,6 @@ from panda_lightning.callbacks.health import Health
 from panda_lightning.callbacks.media import Media
 from panda_lightning.callbacks.rebuild_index import RebuildIndex
 from panda_lightning.callbacks.report import Report
+from panda_lightning.callbacks.sample_wise_early_stopping import SampleWiseEarlyStopping
 
-__all__ = ["Health", "Media", "RebuildIndex", "Report"]
+__all__ = ["Health", "Media", "RebuildIndex", "Report", "SampleWiseEarlyStopping"]

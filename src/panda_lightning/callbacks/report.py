@@ -19,6 +19,7 @@ Row = dict[str, float]
 COLUMNS = {  # key of a row: heading, format
     "epochs_trained": ("epochs", "{:g}"),
     "val/auroc": ("AUROC", "{:.5f}"),
+    "val/auroc_ses": ("AUROC SES", "{:.5f}"),
     "train/compactness": ("compactness", "{:.4g}"),
     "train/ewc": ("EWC", "{:.3g}"),
     "seconds/train": ("train s", "{:.1f}"),
@@ -67,7 +68,8 @@ class Report(pl.Callback):
         if trainer.sanity_checking:
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
-        row = {name: float(metrics[name]) for name in ("epochs_trained", "val/auroc")}
+        known = ("epochs_trained", "val/auroc", "val/auroc_ses")
+        row = {name: float(metrics[name]) for name in known if name in metrics}
         row["seconds/bank"] = float(metrics.get("bank/seconds", 0.0))
         row["seconds/score"] = seconds - row["seconds/bank"]
         if row["epochs_trained"]:

@@ -38,6 +38,7 @@ class Detector(pl.LightningModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._parts: list[tuple[Tensor, ...]] = []
+        self._merged: Scores | None = None
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -88,7 +89,7 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._parts = []
+        self._parts, self._merged = [], None
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -100,8 +101,14 @@ class Detector(pl.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_auroc("test")
 
+    def merged_scores(self) -> Scores:
+        """The scores of all processes, once all batches have been scored; every process must call it."""
+        if self._merged is None:
+            self._merged = Scores(*(column.cpu() for column in gather(self._parts)))
+        return self._merged
+
     def _log_auroc(self, stage: str) -> None:
-        scores = Scores(*(column.cpu() for column in gather(self._parts)))
+        scores = self.merged_scores()
         auroc = metrics.auroc(scores.score, scores.label)
         self.scores = scores
         if auroc != auroc and not self.trainer.sanity_checking:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -89,6 +90,17 @@ class DN2(Detector):
         assert self.bank is not None
         self.index.fit(self.scoring_space(self.bank.to(self.device)))
         return len(self.bank)
+
+    def normal_score(self) -> float:
+        """Mean score of the normal training images, none counted as its own neighbour."""
+        assert self.bank is not None
+        if self.k >= len(self.bank):
+            raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
+        features = self.scoring_space(self.bank.to(self.device))
+        distances, rows = self.index.search(features, self.k + 1)
+        itself = rows == torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
+        return float(distances[:, : self.k].sum(dim=1).mean())
 
     # ---- the run -------------------------------------------------------------------------------------------
 

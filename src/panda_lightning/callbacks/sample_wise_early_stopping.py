@@ -1,0 +1,125 @@
+"""PANDA-SES: each image is scored at the time of training that shows it as most anomalous."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.func import functional_call
+from typing_extensions import override
+
+from panda_lightning.features import gather
+from panda_lightning.knn import KNNIndex
+from panda_lightning.metrics import auroc
+from panda_lightning.types import Batch, PandaError
+
+
+class SampleWiseEarlyStopping(pl.Callback):
+    r"""Keeps each test image's largest score over the validations of ``fit``, in units of the normal images' score.
+
+    .. math:: s(x) = \max_t \frac{s_t(x)}{\frac1N \sum_n s_t(x_n)}
+
+    t runs over all validations, the untrained network included; the mean is over the normal training images, none
+    counted as its own neighbour (PANDA section 3.2). No label is used. In ``fit`` only scores are kept, and
+    ``val/auroc_ses`` is the AUROC of SES so far, beside ``val/auroc`` of the epoch alone.
+
+    Args:
+        keep_snapshots: Write the adapted layers and the bank of each time beside the checkpoint, so that ``test`` and
+            ``predict`` can score new images by SES (``test/auroc_ses``, and ``ses_score`` in predictions).
+    """
+
+    def __init__(self, keep_snapshots: bool = False) -> None:
+        self.keep_snapshots = keep_snapshots
+        self.score: Tensor | None = None  # (N,) of the test images, so far
+        self._snapshots: list[tuple[dict[str, Tensor], KNNIndex, float]] = []
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score = state_dict["score"]
+
+    # ---- fit: scores alone ---------------------------------------------------------------------------------------
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        scores, normal = pl_module.merged_scores(), pl_module.normal_score()
+        relative = scores.score / normal
+        self.score = relative if self.score is None else torch.maximum(self.score, relative)
+        pl_module.log("val/auroc_ses", torch.tensor(auroc(self.score, scores.label), dtype=torch.float64))
+        if self.keep_snapshots:
+            self._keep(trainer, pl_module, normal)
+
+    def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
+        path = _folder(trainer) / f"{detector.steps_trained:08d}.ckpt"
+        adapted = {name: p.detach().cpu() for name, p in detector.backbone.adapted().items()}
+        if detector.steps_trained == 0:
+            one = sum(t.numel() * t.element_size() for t in (detector.bank, *adapted.values()))
+            times = "" if trainer.max_epochs in (None, -1) else f", {one * (trainer.max_epochs + 1) / 2**20:.0f} in all"
+            rank_zero_info(f"SES keeps {one / 2**20:.1f} MiB at each validation{times}, in {path.parent}")
+        trainer.strategy.save_checkpoint(
+            {"adapted": adapted, "bank": detector.bank.cpu(), "normal_score": normal}, path
+        )
+
+    # ---- test and predict: the networks of all times -------------------------------------------------------------
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        folder = Path(str(trainer.ckpt_path)).parent / "ses" if trainer.ckpt_path else None
+        paths = sorted(folder.glob("*.ckpt")) if folder else []
+        if not paths:
+            raise PandaError(
+                "SES scores new images by the networks of all kept times, and there are none"
+                f"{f' in {folder}' if folder else ' without ckpt_path'}: train with keep_snapshots: true, or leave "
+                "SampleWiseEarlyStopping out of the callbacks."
+            )
+        self._snapshots = []
+        for path in paths:
+            kept = torch.load(path, map_location=pl_module.device, weights_only=True)
+            index = KNNIndex(pl_module.index.backend, pl_module.index.memory_mb)
+            index.fit(pl_module.scoring_space(kept["bank"]))
+            adapted = {f"model.{name}": p for name, p in kept["adapted"].items()}
+            self._snapshots.append((adapted, index, kept["normal_score"]))
+        self._parts = []
+
+    on_predict_start = on_test_start
+
+    def _scores(self, detector: Any, batch: Batch) -> Tensor:
+        hidden = detector.backbone.prefix(batch["image"])
+        found = []
+        for adapted, index, normal in self._snapshots:
+            features = functional_call(detector.backbone, adapted, (hidden,)).float()
+            distances, _ = index.search(detector.scoring_space(features), detector.k)
+            found.append(distances.sum(dim=1) / normal)
+        return torch.stack(found).amax(dim=0)
+
+    @override
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._parts.append((batch["index"], self._scores(pl_module, batch), batch["label"]))
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        _, score, label = gather(self._parts)
+        pl_module.log("test/auroc_ses", torch.tensor(auroc(score, label), dtype=torch.float64))
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        outputs["ses_score"] = self._scores(pl_module, batch)
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    """Beside the checkpoint."""
+    saved: Any = trainer.checkpoint_callback
+    own = getattr(saved, "dirpath", None)
+    return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints") / "ses"

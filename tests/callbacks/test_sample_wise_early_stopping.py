@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from sklearn.metrics import roc_auc_score
+
+from panda_lightning import PANDA, ImageFolder, PandaError, SampleWiseEarlyStopping
+
+
+class Kept(pl.Callback):
+    """Scores, bank and AUROC of SES at each validation."""
+
+    def __init__(self):
+        self.scores, self.banks, self.aurocs = [], [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.scores.append(pl_module.scores.score.clone())
+        self.banks.append(pl_module.bank.clone())
+        self.aurocs.append(float(trainer.callback_metrics["val/auroc_ses"]))
+
+
+def trainer(tmp_path, epochs, *callbacks):
+    return pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        default_root_dir=tmp_path, num_sanity_val_steps=0, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def data(folder):
+    return ImageFolder(
+        root=str(folder), normal_class="spot", image_size=32, crop="squash", batch_size=4, eval_batch_size=4
+    )
+
+
+def normal_mean(bank, k):
+    """By a plain loop: each image against all others."""
+    bank = bank.double().numpy()
+    means = []
+    for i, x in enumerate(bank):
+        distances = sorted(((x - y) ** 2).sum() for j, y in enumerate(bank) if j != i)
+        means.append(sum(distances[:k]))
+    return np.mean(means)
+
+
+def checkpoint(tmp_path):
+    return ModelCheckpoint(tmp_path / "ck", filename="last", enable_version_counter=False)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ses_is_the_direct_computation_from_the_scores_of_each_epoch(tmp_path, folder, normalize):
+    ses, kept = SampleWiseEarlyStopping(), Kept()
+    detector = PANDA("panda_tiny", ewc_weight=0, grad_clip=10.0, lr=0.1, normalize=normalize)
+    trainer(tmp_path, 3, ses, kept, checkpoint(tmp_path)).fit(detector, data(folder))
+    best, label = None, detector.scores.label.numpy()
+    for scores, bank, auroc in zip(kept.scores, kept.banks, kept.aurocs, strict=True):
+        space = torch.nn.functional.normalize(bank, dim=1) if normalize else bank
+        relative = scores.double().numpy() / normal_mean(space, 2)
+        best = relative if best is None else np.maximum(best, relative)
+        assert auroc == pytest.approx(roc_auc_score(label, best))
+    np.testing.assert_allclose(ses.score.numpy(), best, rtol=1e-4)
+    assert len(kept.scores) == 4
+    assert not (tmp_path / "ck/ses").exists()
+
+
+def test_copies_in_the_bank_do_not_hide_an_image_from_itself():
+    detector = PANDA("panda_tiny", k=2)
+    detector.bank = torch.tensor([[0.0, 0.0]] * 5 + [[3.0, 4.0]])
+    detector.fit_index()
+    assert detector.normal_score() == pytest.approx(50 / 6)
+
+
+def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplog):
+    settings = {"ewc_weight": 0, "grad_clip": 10.0, "lr": 0.1}
+    whole = SampleWiseEarlyStopping(keep_snapshots=True)
+    caplog.set_level("INFO")
+    trainer(tmp_path, 3, whole, checkpoint(tmp_path / "whole")).fit(PANDA("panda_tiny", **settings), data(folder))
+    assert "SES keeps" in caplog.text
+    assert len(list((tmp_path / "whole/ck/ses").iterdir())) == 4
+
+    part, resumed = (SampleWiseEarlyStopping(keep_snapshots=True) for _ in range(2))
+    trainer(tmp_path, 2, part, checkpoint(tmp_path / "part")).fit(PANDA("panda_tiny", **settings), data(folder))
+    path = tmp_path / "part/ck/last.ckpt"
+    trainer(tmp_path, 3, resumed, checkpoint(tmp_path / "part")).fit(
+        PANDA("panda_tiny", **settings), data(folder), ckpt_path=path
+    )
+    torch.testing.assert_close(resumed.score, whole.score, rtol=1e-4, atol=1e-6)
+
+    again = SampleWiseEarlyStopping()
+    tester = trainer(tmp_path, 1, again)
+    tester.test(PANDA("panda_tiny", **settings), data(folder), ckpt_path=path, verbose=False)
+    from panda_lightning.features import gather
+
+    torch.testing.assert_close(gather(again._parts)[1], whole.score, rtol=1e-4, atol=1e-6)
+    expected = roc_auc_score(tester.lightning_module.scores.label, whole.score)
+    assert float(tester.callback_metrics["test/auroc_ses"]) == pytest.approx(expected)
+
+    predicted = trainer(tmp_path, 1, SampleWiseEarlyStopping()).predict(
+        PANDA("panda_tiny", **settings), data(folder), ckpt_path=path
+    )
+    torch.testing.assert_close(torch.cat([p["ses_score"] for p in predicted]), whole.score, rtol=1e-4, atol=1e-6)
+
+
+def test_without_snapshots_new_images_are_refused(tmp_path, folder):
+    trainer(tmp_path, 1, SampleWiseEarlyStopping(), checkpoint(tmp_path)).fit(
+        PANDA("panda_tiny", ewc_weight=0), data(folder)
+    )
+    with pytest.raises(PandaError, match="there are none in .*ses: train with keep_snapshots: true"):
+        trainer(tmp_path, 1, SampleWiseEarlyStopping()).test(
+            PANDA("panda_tiny", ewc_weight=0), data(folder), ckpt_path=tmp_path / "ck/last.ckpt"
+        )

@@ -43,6 +43,22 @@ def test_score_is_the_sum_of_the_k_nearest_squared_distances(tmp_path, folder, k
     assert result["test/auroc"] == pytest.approx(roc_auc_score(labels, detector.scores.score), abs=1e-9)
 
 
+def test_centroids_stand_for_the_bank(tmp_path, folder):
+    module, detector = data(folder), DN2("panda_tiny", k=1, centroids=4)
+    trainer(tmp_path).test(detector, module, verbose=False)
+    bank, queries = features(module.normal_dataloader()), features(module.test_dataloader())
+    assert len(detector.index) == 4
+    assert detector.bank.shape == (11, 256)  # which stays: another number of centroids needs no images
+    nearest = np.linalg.norm(bank[:, None] - detector.index._bank.numpy() - detector.index._mean.numpy(), axis=2)
+    members = nearest.argmin(axis=1)
+    centres = np.stack([bank[members == c].mean(axis=0) for c in range(4)])  # k-means: each the mean of its images
+    expected = ((queries[:, None] - centres[None]) ** 2).sum(axis=2).min(axis=1)
+    np.testing.assert_allclose(detector.scores.score, expected, rtol=1e-3)
+    assert detector.normal_score() == pytest.approx((nearest.min(axis=1) ** 2).mean(), rel=1e-3)
+    with pytest.raises(PandaError, match="centroids=1 are fewer than k=2 neighbours: choose 2 or more"):
+        DN2("panda_tiny", centroids=1)
+
+
 def test_fit_is_refused_in_a_sentence(tmp_path, folder):
     with pytest.raises(PandaError, match="DN2 has nothing to train: run `lightning test`"):
         trainer(tmp_path, max_epochs=1).fit(DN2("panda_tiny"), data(folder))

@@ -35,6 +35,7 @@ class PANDA(DN2):
         adapt_stages: The last stages to adapt; 2 is layer3 and layer4 of a ResNet.
         k: See DN2.
         normalize: See DN2: L2-normalise features for scoring.
+        centroids: See DN2.
         normalize_loss: L2-normalise features for the centre and the compactness loss too.
         ewc_weight: Lambda; 0 turns EWC off. It means something only together with how ``fisher`` was estimated.
         fisher: FILE (safetensors or .pth by plain parameter names; `panda fisher` makes one), ``auto`` (the one beside
@@ -61,6 +62,7 @@ class PANDA(DN2):
         adapt_stages: int = 2,
         k: int = 2,
         normalize: bool = False,
+        centroids: int | None = None,
         normalize_loss: bool = False,
         ewc_weight: float = 1e4,
         fisher: str = "auto",
@@ -75,7 +77,7 @@ class PANDA(DN2):
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
-        super().__init__(backbone, weights, k, normalize, optimize, index_backend, index_memory_mb)
+        super().__init__(backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb)
         if adapt_stages < 1:
             raise PandaError("adapt_stages=0 leaves nothing to adapt: choose 1 or more, or use DN2.")
         if ewc_weight < 0:

@@ -50,10 +50,10 @@ class Curve(pl.Callback):
 
 def run(setting, out, variant, epochs=30):
     """Fit once, write the curve."""
-    path = Path(out) / f"{setting}-{variant.replace('/', '_')}.json"
+    source, _, weight = variant.partition(":")
+    path = Path(out) / f"{setting}-{Path(source).stem}{weight and f'-{weight}'}.json"
     if path.is_file():
         return
-    source, _, weight = variant.partition(":")
     kind, arguments, backbone = SETTINGS[setting]
     options = {"ewc_weight": float(weight or 0), "fisher": {"target": "auto", "none": "ones"}.get(source, source)}
     curve = Curve()

@@ -9,9 +9,8 @@ untrained network -> after the last epoch of Early, for raw and for L2-normalise
 
 import argparse
 import logging
-import tempfile
 
-import pytorch_lightning as pl
+from curve import fit
 
 from panda_lightning import CIFAR10, PANDA, Digits, FashionMNIST
 
@@ -21,36 +20,6 @@ TASKS = [
     *((FashionMNIST, {"normal_class": c, "test_limit": 3000, **SMALL}) for c in ("T-shirt/top", "Sandal")),
     *((CIFAR10, {"normal_class": c, "test_limit": 2000, **SMALL}) for c in ("airplane", "bird", "horse")),
 ]
-
-
-class Curve(pl.Callback):
-    """AUROC of each validation."""
-
-    def __init__(self):
-        self.aurocs = []
-
-    def on_validation_end(self, trainer, pl_module):
-        """Keep it."""
-        self.aurocs.append(float(trainer.callback_metrics["val/auroc"]))
-
-
-def curve(backbone, kind, arguments, epochs, **options):
-    """AUROC after 0, 1, ... epochs."""
-    kept = Curve()
-    pl.seed_everything(0, verbose=False)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[kept],
-        )
-        trainer.fit(PANDA(backbone, **options), kind(**arguments))
-    return kept.aurocs
 
 
 def main():
@@ -69,16 +38,9 @@ def main():
         cells = [f"{kind.__name__} {arguments['normal_class']}"]
         for name in options.names:
             for normalize in (False, True):
-                found = curve(
-                    name,
-                    kind,
-                    {**where, **arguments},
-                    options.epochs,
-                    normalize=normalize,
-                    ewc_weight=0,
-                    grad_clip=options.clip,
-                    prefix_cache_dir="data/cache",
-                )
+                settings = {"grad_clip": options.clip, "prefix_cache_dir": "data/cache", "ewc_weight": 0}
+                detector = PANDA(name, normalize=normalize, **settings)
+                found = [row["auroc"] for row in fit(detector, kind(**{**where, **arguments}), options.epochs)]
                 cells.append(f"{found[0]:.4f} -> {found[-1]:.4f}")
         rows.append("| " + " | ".join(cells) + " |")
     heads = [f"{name}, {how}" for name in options.names for how in ("raw", "normalised")]

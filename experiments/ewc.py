@@ -13,10 +13,9 @@ Steps are ten times as long as published (grad_clip 1e-2): 30 epochs go as far a
 import json
 import logging
 import sys
-import tempfile
 from pathlib import Path
 
-import pytorch_lightning as pl
+from curve import fit
 
 from panda_lightning import CIFAR10, PANDA, Digits, ImageFolder
 
@@ -31,23 +30,6 @@ SETTINGS = {  # data module, its arguments, backbone
 }
 
 
-class Curve(pl.Callback):
-    """A row an epoch."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_validation_end(self, trainer, pl_module):
-        """AUROC now."""
-        self.rows.append({"epoch": pl_module.epochs_trained, "auroc": float(trainer.callback_metrics["val/auroc"])})
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        """The terms of the epoch, after its validation."""
-        for key in ("train/compactness", "train/ewc", "train/distance_from_start"):
-            if key in trainer.callback_metrics:
-                self.rows[-1][key] = float(trainer.callback_metrics[key])
-
-
 def run(setting, out, variant, epochs=30):
     """Fit once, write the curve."""
     source, _, weight = variant.partition(":")
@@ -56,24 +38,11 @@ def run(setting, out, variant, epochs=30):
         return
     kind, arguments, backbone = SETTINGS[setting]
     options = {"ewc_weight": float(weight or 0), "fisher": {"target": "auto", "none": "ones"}.get(source, source)}
-    curve = Curve()
-    pl.seed_everything(0)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[curve],
-        )
-        options |= {"grad_clip": 1e-2, "normalize": setting != "cats", "prefix_cache_dir": "data/cache"}
-        detector = PANDA(backbone, **options)
-        trainer.fit(detector, kind(**{"root": "data", **arguments}) if kind is not Digits else kind(**arguments))
+    options |= {"grad_clip": 1e-2, "normalize": setting != "cats", "prefix_cache_dir": "data/cache"}
+    data = kind(**arguments) if kind is Digits else kind(**{"root": "data", **arguments})
+    rows = fit(PANDA(backbone, **options), data, epochs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"setting": setting, "variant": variant, "rows": curve.rows}, indent=0) + "\n")
+    path.write_text(json.dumps({"setting": setting, "variant": variant, "rows": rows}, indent=0) + "\n")
 
 
 def draw(out):

@@ -7,17 +7,16 @@ of five alternating rounds; the difference is that of the pooled features, relat
 """
 
 import sys
-import time
 from statistics import median
 
 import timm
 import torch
+from clock import DEVICE, clock
 from torch import nn
 
 from panda_lightning import Backbone
 
 LEVELS = ("plain", "channels_last", "folded", "compiled")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(name, level):
@@ -29,17 +28,6 @@ def build(name, level):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, 0, 0.1)
     return Backbone(model, 2, optimize=level).to(DEVICE)
-
-
-def clock(work):
-    """Seconds of one call."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def adapted_only(backbone, hidden, train):

@@ -8,25 +8,12 @@ reading of bank and queries at the speed of a copy, both measured here. Medians 
 
 import argparse
 import math
-import time
 from statistics import median
 
 import torch
+from clock import DEVICE, clock
 
 from panda_lightning import KNNIndex
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def clock(work):
-    """Seconds of one call."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def machine():

@@ -11,8 +11,8 @@ from typing_extensions import override
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the file and renames, so that a killed run leaves the old checkpoint or the new one.
 
-    Lightning does the same by way of a copy in memory, which takes up to four times as long (`make bench`), and is
-    still used for addresses of remote storage.
+    Lightning does the same by way of a copy in memory, which takes three to six times as long
+    (experiments/RESULTS.md), and is still used for addresses of remote storage.
     """
 
     @override

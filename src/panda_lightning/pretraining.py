@@ -1,4 +1,4 @@
-"""Supervised pretraining of a small network on labelled images: where a bundled backbone comes from."""
+"""Supervised pretraining of a small network on labelled images: where a small backbone comes from."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from typing_extensions import override
 from panda_lightning.backbones import Backbone
 from panda_lightning.datamodules.base import ShardedSampler
 from panda_lightning.datamodules.folder import images_below
-from panda_lightning.datamodules.images import ImageDataset, Images, View
+from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is
 from panda_lightning.features import extract
 from panda_lightning.types import Batch, PandaError
 
@@ -96,7 +96,7 @@ class LabelledFolder(pl.LightningDataModule):
             dataset,
             batch_size=self.batch_size // world,
             sampler=ShardedSampler(len(dataset), world, rank, shuffle=train, seed=self.seed),
-            collate_fn=_as_is,
+            collate_fn=as_is,
             drop_last=train,  # BatchNorm would see a few images of the last batch only
         )
 
@@ -280,7 +280,3 @@ class Pretraining(pl.LightningModule):
         half = {k: t.half() if t.is_floating_point() else t for k, t in self.model.state_dict().items()}
         save_file({k: t.contiguous().cpu() for k, t in half.items()}, folder / "model.safetensors")
         rank_zero_info(f"Network saved: --model.backbone local-dir:{folder}")
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -22,7 +22,7 @@ class SampleWiseEarlyStopping(pl.Callback):
     .. math:: s(x) = \max_t \frac{s_t(x)}{\frac1N \sum_n s_t(x_n)}
 
     t runs over all validations, the untrained network included; the mean is over the normal training images, none
-    counted as its own neighbour (PANDA section 3.2). No label is used. In ``fit`` only scores are kept, and
+    counted as its own neighbour ("PANDA-SES" in the paper). No label is used. In ``fit`` only scores are kept, and
     ``val/auroc_ses`` is the AUROC of SES so far, beside ``val/auroc`` of the epoch alone.
 
     Args:

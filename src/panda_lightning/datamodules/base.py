@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from panda_lightning.datamodules.images import ImageDataset, Images, View, relative
+from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, relative
 from panda_lightning.datamodules.outliers import apart_from, read_outliers
 from panda_lightning.types import Batch, PandaError
 
@@ -268,7 +268,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             dataset,
             batch_size=self.batch_size // self._world if train else self.eval_batch_size,
             sampler=ShardedSampler(len(dataset), self._world, rank, shuffle=train, seed=self.seed),
-            collate_fn=_as_is,
+            collate_fn=as_is,
             num_workers=workers,
             pin_memory=torch.cuda.is_available() and (dataset.hidden is None or not dataset.hidden.is_cuda),
         )
@@ -312,10 +312,6 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             )
             self._decoded("outlier", images.take(kept), np.ones(len(kept), dtype=np.bool_))
         return self._loader(self._datasets["outlier"], train=True)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _interpolation(trainer: pl.Trainer) -> str | None:

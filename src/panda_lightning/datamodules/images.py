@@ -202,6 +202,11 @@ class ImageDataset(Dataset[Batch]):
         self.hidden, self.pixels = hidden, None
 
 
+def as_is(batch: Any) -> Any:
+    """Collate nothing: ``ImageDataset`` gives whole batches."""
+    return batch
+
+
 def decode(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
     """The image (3, size, size), or why it cannot be read."""
     try:

@@ -19,7 +19,7 @@ from panda_lightning import fisher
 from panda_lightning.backbones import Backbone
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules.folder import images_below
-from panda_lightning.datamodules.images import ImageDataset, Images, View
+from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is
 from panda_lightning.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
@@ -133,7 +133,7 @@ class FisherRun(pl.LightningModule):
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
         mine = self.blocks[self.done :][self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(self.dataset, batch_sampler=mine, collate_fn=_as_is)
+        return DataLoader(self.dataset, batch_sampler=mine, collate_fn=as_is)
 
     @override
     def on_test_start(self) -> None:
@@ -218,7 +218,3 @@ def head_classes(backbone: Backbone) -> dict[str, int]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().lower()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

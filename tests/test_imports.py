@@ -8,7 +8,7 @@ import panda_lightning
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
     {"types"},
-    {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints"},
+    {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints", "networks", "pixels"},
     {"backbones"},
     {"features", "fisher"},
     {"prefix_cache"},

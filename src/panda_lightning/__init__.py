@@ -17,7 +17,7 @@ from panda_lightning.datamodules import (
     ImageFolder,
     MVTecAD,
 )
-from panda_lightning.detectors import DN2, PANDA, Detector
+from panda_lightning.detectors import DN2, MSC, OCSVM, PANDA, PANDAOE, DeepSVDD, Detector, MultiHeadRotNet
 from panda_lightning.knn import KNNIndex
 from panda_lightning.loggers import AutoWandbLogger
 from panda_lightning.metrics import auroc
@@ -29,12 +29,16 @@ __all__ = [
     "CIFAR100",
     "DIOR",
     "DN2",
+    "MSC",
+    "OCSVM",
     "PANDA",
+    "PANDAOE",
     "AnomalyDataModule",
     "AutoWandbLogger",
     "Backbone",
     "Batch",
     "CatsVsDogs",
+    "DeepSVDD",
     "Detector",
     "Digits",
     "FashionMNIST",
@@ -43,6 +47,7 @@ __all__ = [
     "KNNIndex",
     "LabelledFolder",
     "MVTecAD",
+    "MultiHeadRotNet",
     "PandaError",
     "Pretraining",
     "SampleWiseEarlyStopping",

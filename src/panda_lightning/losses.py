@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def compactness(features: Tensor, centre: Tensor) -> Tensor:
@@ -52,3 +53,44 @@ class _EWC(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *torch._foreach_mul(list(ctx.saved_tensors), grads[0])
+
+
+def mean_shifted(first: Tensor, second: Tensor, centre: Tensor, temperature: float = 0.25) -> Tensor:
+    r"""Mean-shifted contrastive loss (arXiv 2106.03844, section 4.1): NT-Xent around the centre of the normal images.
+
+    .. math:: -\frac{1}{2B} \sum_{i=1}^{2B} \log \frac{\exp(\theta_i \cdot \theta_{i'} / \tau)}
+              {\sum_{m \neq i} \exp(\theta_i \cdot \theta_m / \tau)},
+              \quad \theta = \frac{f - c}{\lVert f - c \rVert}
+
+    i' is the other view of i's image; the sum below runs over both views of all images but i itself.
+
+    Args:
+        first: (B, D), L2-normalised features of one view of each image.
+        second: (B, D), those of another view.
+        centre: (D,), constant.
+        temperature: Tau.
+
+    Returns:
+        A scalar.
+    """
+    shifted = F.normalize(torch.cat([first, second]) - centre, dim=1)
+    similar = shifted @ shifted.T / temperature
+    similar = similar.masked_fill(torch.eye(len(similar), dtype=torch.bool, device=similar.device), -torch.inf)
+    other = torch.arange(len(similar), device=similar.device).roll(len(first))
+    return F.cross_entropy(similar, other)
+
+
+def soft_boundary(distances: Tensor, radius: Tensor, nu: float) -> Tensor:
+    r"""Deep SVDD with a soft boundary (Ruff et al. 2018, equation 3), without weight decay.
+
+    .. math:: R^2 + \frac{1}{\nu} \max(0, d - R^2)
+
+    Args:
+        distances: (B,), squared distances d to the centre.
+        radius: Scalar R.
+        nu: Share of images that may lie outside.
+
+    Returns:
+        (B,), one value an image; the loss is their mean.
+    """
+    return radius.square() + (distances - radius.square()).clamp(min=0) / nu

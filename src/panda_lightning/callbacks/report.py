@@ -16,15 +16,16 @@ from panda_lightning.metrics import auroc
 
 Row = dict[str, float]
 
-COLUMNS = {  # key of a row: heading, format
-    "epochs_trained": ("epochs", "{:g}"),
-    "val/auroc": ("AUROC", "{:.5f}"),
-    "val/auroc_ses": ("AUROC SES", "{:.5f}"),
-    "train/compactness": ("compactness", "{:.4g}"),
-    "train/ewc": ("EWC", "{:.3g}"),
-    "seconds/train": ("train s", "{:.1f}"),
-    "seconds/bank": ("bank s", "{:.1f}"),
-    "seconds/score": ("score s", "{:.1f}"),
+FORMATS = {"epochs_trained": "{:g}", "val": "{:.5f}", "train": "{:.4g}", "seconds": "{:.1f}"}  # by a key's first part
+HEADINGS = {
+    "epochs_trained": "epochs",
+    "val/auroc": "AUROC",
+    "val/auroc_ses": "AUROC SES",
+    "val/auroc_oracle": "AUROC oracle",
+    "train/ewc": "EWC",
+    "seconds/train": "train s",
+    "seconds/bank": "bank s",
+    "seconds/score": "score s",
 }
 
 
@@ -68,19 +69,18 @@ class Report(pl.Callback):
         if trainer.sanity_checking:
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
-        known = ("epochs_trained", "val/auroc", "val/auroc_ses")
-        row = {name: float(metrics[name]) for name in known if name in metrics}
-        row["seconds/bank"] = float(metrics.get("bank/seconds", 0.0))
-        row["seconds/score"] = seconds - row["seconds/bank"]
+        row = {name: float(value) for name, value in metrics.items() if name.startswith(("epochs", "val/auroc"))}
         if row["epochs_trained"]:
             row["seconds/train"] = self._train_seconds
+        if "bank/seconds" in metrics:
+            row["seconds/bank"] = float(metrics["bank/seconds"])
+        row["seconds/score"] = seconds - row.get("seconds/bank", 0.0)
         self.rows.append(row)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.rows and self.rows[-1]["epochs_trained"] == pl_module.epochs_trained:
-            metrics = trainer.callback_metrics
-            self.rows[-1] |= {n: float(metrics[n]) for n in ("train/compactness", "train/ewc") if n in metrics}
+            self.rows[-1] |= {f"train/{n}": float(trainer.callback_metrics[f"train/{n}"]) for n in pl_module.terms}
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -95,18 +95,20 @@ class Report(pl.Callback):
         if pl_module.scores is None:
             return
         console = get_console()
+        name = pl_module.auroc_name.replace("auroc", "AUROC").replace("_", ", ")
         if self.rows:
             console.print(_table(self.rows, f"{type(pl_module.data).__name__}, {pl_module.method}"))
             first, last = self.rows[0], self.rows[-1]
-            best = max(self.rows, key=lambda row: row["val/auroc"])
+            key = f"val/{pl_module.auroc_name}"
+            best = max(self.rows, key=lambda row: row[key])
             console.print(
-                f"AUROC {last['val/auroc']:.4f} after {last['epochs_trained']:g} epochs, "
-                f"{first['val/auroc']:.4f} after {first['epochs_trained']:g} "
-                f"(best epoch by test labels, oracle: {best['val/auroc']:.4f})",
+                f"{name} {last[key]:.4f} after {last['epochs_trained']:g} epochs, "
+                f"{first[key]:.4f} after {first['epochs_trained']:g} "
+                f"(best epoch by test labels, oracle: {best[key]:.4f})",
                 soft_wrap=True,
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        draw(self._folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows)
+        draw(self._folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows, name)
         console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
@@ -115,15 +117,18 @@ class Report(pl.Callback):
 
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE)
-    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
-    for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
+    kinds = list(FORMATS)
+    keys = sorted(
+        dict.fromkeys(key for row in reversed(rows) for key in row), key=lambda key: kinds.index(key.split("/")[0])
+    )
+    for key in keys:
+        table.add_column(HEADINGS.get(key, key.split("/")[-1].replace("_", " ")), justify="right")
     for row in rows:
-        table.add_row(*(form.format(row[key]) if key in row else "" for key, (_, form) in columns.items()))
+        table.add_row(*(FORMATS[key.split("/")[0]].format(row[key]) if key in row else "" for key in keys))
     return table
 
 
-def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
+def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str = "AUROC") -> None:
     """Draw report.png.
 
     Args:
@@ -131,6 +136,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
         scores: (N,), higher is more anomalous.
         labels: (N,), 1 = anomalous.
         rows: What Report keeps; two or more give a third panel, AUROC over epochs.
+        name: What AUROC is called.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -160,13 +166,17 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row]) -> None:
     axes[0].legend()
     if both:
         false, true, _ = roc_curve(labels, scores)
-        axes[1].plot(false, true, color="tab:green", label=f"AUROC {auroc(scores, labels):.4f}")
+        axes[1].plot(false, true, color="tab:green", label=f"{name} {auroc(scores, labels):.4f}")
         axes[1].legend(loc="lower right")
     axes[1].plot([0, 1], [0, 1], ":", color="grey")
     axes[1].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if len(rows) > 1:
         axes[2].plot(*zip(*((r["epochs_trained"], r["val/auroc"]) for r in rows), strict=True), "o-", markersize=3)
-        axes[2].set(title="AUROC over training (0 = DN2)", xlabel="epochs trained", ylabel="AUROC")
+        axes[2].set(
+            title=f"AUROC over training{' (0 = untrained)' if not rows[0]['epochs_trained'] else ''}",
+            xlabel="epochs trained",
+            ylabel="AUROC",
+        )
         axes[2].set_ylim(top=min(axes[2].get_ylim()[1], 1.0005))  # there is nothing above 1
         axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=110)

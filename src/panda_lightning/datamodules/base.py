@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
@@ -278,8 +278,17 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         return self._decoded("normal training", images, np.zeros(len(images), dtype=np.bool_))
 
     @override
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._normal_dataset(), train=True)
+    def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
+        """Normal training images in random order; with ``outliers``, beside each batch one of them.
+
+        Batches are then ``{"normal": Batch, "outlier": Batch}``. An epoch sees every normal image once.
+        """
+        normal = self._loader(self._normal_dataset(), train=True)
+        if self.outliers is None:
+            return normal
+        outlier = self.outlier_dataloader()
+        mode: Any = "min_size" if len(outlier) >= len(normal) else "max_size_cycle"
+        return CombinedLoader({"normal": normal, "outlier": outlier}, mode)
 
     def normal_dataloader(self) -> DataLoader[Batch]:
         """The normal training images in order, each once over all processes: for the bank."""
@@ -294,7 +303,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     predict_dataloader = val_dataloader
 
     def outlier_dataloader(self) -> DataLoader[Batch]:
-        """Training batches of ``outliers``, label 1, without what is, or nearly is, a test image.
+        """Batches of ``outliers`` in random order, label 1, without what is, or nearly is, a test image.
 
         Raises:
             PandaError: If there is no such source.

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -26,19 +26,24 @@ class Detector(pl.LightningModule, ABC):
 
     Attributes:
         COMPUTING: Arguments that say how to compute, not what: they may differ from the checkpoint's.
+        OUTLIERS: Whether training batches hold outliers too.
+        terms: Names of the loss terms of the last training step.
         scores: Scores of the last whole validation or test, equal on every process.
         steps_trained: Optimiser steps behind the weights in use.
     """
 
     COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir")
+    OUTLIERS = False
     scores: Scores | None = None
     steps_trained: int = 0
+    terms: tuple[str, ...] = ()
     _steps_per_epoch: int = 1
 
     def __init__(self) -> None:
         super().__init__()
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
+        self._drawn: tuple[object, Tensor] = (None, torch.empty(0))
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -48,6 +53,11 @@ class Detector(pl.LightningModule, ABC):
     def method(self) -> str:
         """Short name of the method, for the results' tables and W&B's job type."""
         return type(self).__name__
+
+    @property
+    def auroc_name(self) -> str:
+        """What AUROC is called in logs: with the word oracle where test labels had a part in the detector."""
+        return "auroc"
 
     @property
     def data(self) -> Any:
@@ -76,6 +86,20 @@ class Detector(pl.LightningModule, ABC):
                 }
                 logger.describe(type(self.data).__name__, self.method, run)
         return [Health(), Media(), Report()]
+
+    @override
+    def setup(self, stage: str) -> None:
+        data = self.data
+        if not hasattr(data, "normal_dataloader"):
+            raise PandaError(
+                f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images "
+                f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
+            )
+        if stage == "fit" and getattr(data, "outliers", None) and not self.OUTLIERS:
+            raise PandaError(
+                f"data.outliers={data.outliers} would be ignored, for {self.method} learns from normal images alone: "
+                "leave it out, or take --model PANDAOE."
+            )
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -113,12 +137,12 @@ class Detector(pl.LightningModule, ABC):
         self.scores = scores
         if auroc != auroc and not self.trainer.sanity_checking:
             rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
-        values = {f"{stage}/auroc": auroc, "epochs_trained": self.epochs_trained}
+        values = {f"{stage}/{self.auroc_name}": auroc, "epochs_trained": self.epochs_trained}
         # the same on every process already; float64 so that no digit is lost
         self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
 
-    def batch_mean(self, values: Tensor, batch: Batch) -> tuple[Tensor, Any]:
-        """Mean of a value per image (B,) over the images of all processes, fillers left out.
+    def batch_mean(self, values: Tensor, index: Tensor) -> tuple[Tensor, Any]:
+        """Mean of a value per image (B,) over the images of all processes, fillers (index -1) left out.
 
         Processes average their gradients, so each weights its sum by their number: the gradient is that of one
         process with the whole batch.
@@ -127,9 +151,36 @@ class Detector(pl.LightningModule, ABC):
             The mean, and the number of images behind it, which weights the step in an epoch's log; it stays on the
             device.
         """
-        real = batch["index"] >= 0
+        real = index >= 0
         count = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
         return (values * real).sum() * self.trainer.world_size / count, count
+
+    def of_all(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Rows (B, ...) of all processes, fillers (index -1) left out; gradients flow back to each."""
+        if self.trainer.world_size == 1:
+            return rows
+        everyone, places = (cast(Tensor, self.all_gather(t, sync_grads=True)).flatten(0, 1) for t in (rows, index))
+        return everyone[places >= 0]
+
+    def logged_sum(self, terms: dict[str, Tensor], count: Any) -> Tensor:
+        """Sum of the loss terms of a step over ``count`` images, each logged by its name."""
+        self.terms = tuple(terms)
+        loss = torch.stack(list(terms.values())).sum()
+        how: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": count}
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, **how)
+        self.log("train/loss", loss, prog_bar=True, **how)
+        return loss
+
+    def draws(self, batch: Batch, columns: int) -> Tensor:
+        """Uniform random numbers in [0, 1) for augmentation, (B, columns).
+
+        They depend on seed, epoch and image alone: the same for any number of processes, and after a resume.
+        """
+        size, place = len(self.data.normal_images), (self.data.seed, self.current_epoch, columns)
+        if self._drawn[0] != place:
+            generator = torch.Generator().manual_seed(hash(place) % 2**63)
+            self._drawn = (place, torch.rand(size, columns, generator=generator).to(self.device))
+        return self._drawn[1][batch["index"].clamp(min=0)]
 
     @override
     def on_train_start(self) -> None:

@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.backbones import Backbone, Optimize
+from panda_lightning.backbones import Optimize
 from panda_lightning.callbacks import RebuildIndex
-from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.features import extract
 from panda_lightning.knn import Backend, KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 
-class DN2(Detector):
+class DN2(PretrainedDetector):
     r"""Distance to the nearest normal images in the feature space of a pretrained network.
 
     .. math:: s(x) = \sum_{i=1}^{k} \lVert f(x) - f_i \rVert^2, \quad f_i \text{ the k nearest of the bank}
@@ -49,27 +49,18 @@ class DN2(Detector):
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
         if k < 1:
             raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
-        self.backbone_name = backbone
-        self.weights = weights
-        self.adapt_stages = 0
         self.k = k
         self.normalize = normalize
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
         self.centroids = centroids
-        self.optimize = optimize
         self.index = KNNIndex(index_backend, index_memory_mb)
         self.bank: Tensor | None = None  # (N, D) float32, as the network gives them
         self.bank_step = -1  # steps_trained when it was made
-
-    def embed(self, batch: Batch) -> Tensor:
-        """Features (B, D) of a batch of images."""
-        features: Tensor = self.backbone(batch["image"])
-        return features.float()
 
     def scoring_space(self, features: Tensor) -> Tensor:
         """Features (N, D) as distances for scores are taken between them."""
@@ -124,32 +115,12 @@ class DN2(Detector):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        callbacks = [RebuildIndex(), *super().configure_callbacks()]
-        if not hasattr(self, "backbone"):
-            self.load_backbone()
-        return callbacks
-
-    def load_backbone(self) -> None:
-        """Load the pretrained network; without network or files this fails before any work has begun.
-
-        A run does it by itself, unless the network has come from a checkpoint.
-        """
-        self.backbone = Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)
+        return [RebuildIndex(), *super().configure_callbacks()]
 
     @override
     def setup(self, stage: str) -> None:
-        data = self.data
-        if not hasattr(data, "normal_dataloader"):
-            raise PandaError(
-                f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images "
-                f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
-            )
-        if hasattr(self, "backbone") and data.image_size < self.backbone.stride:
-            raise PandaError(
-                f"image_size={data.image_size} is smaller than the stride of {self.backbone.architecture}: "
-                f"choose {self.backbone.stride} or more."
-            )
-        if stage == "fit" and self.k > (size := len(data.normal_images)):
+        super().setup(stage)
+        if stage == "fit" and self.k > (size := len(self.data.normal_images)):
             raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
 
     # ---- checkpoints: plain tensors, so that neither images nor the weights' source are needed again -------------
@@ -157,13 +128,10 @@ class DN2(Detector):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["backbone"] = self.backbone.config
         checkpoint["bank"] = None if self.bank is None else self.bank.cpu()
         checkpoint["bank_step"] = self.bank_step
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if not hasattr(self, "backbone"):
-            self.backbone = Backbone.from_config(checkpoint["backbone"], self.adapt_stages, self.optimize)
         self.bank, self.bank_step = checkpoint["bank"], checkpoint["bank_step"]

@@ -6,7 +6,6 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from panda_lightning import fisher, losses
@@ -14,7 +13,6 @@ from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.features import on_device
 from panda_lightning.knn import Backend
-from panda_lightning.prefix_cache import cache_prefix
 from panda_lightning.types import Batch, PandaError
 
 
@@ -44,7 +42,8 @@ class PANDA(DN2):
         lr: Learning rate of SGD.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
-        grad_clip: Global gradient norm to clip to at every step. It is small: steps are nearly scale-free.
+        grad_clip: Global gradient norm to clip to at every step, None for no clipping. It is small: steps are nearly
+            scale-free.
         prefix_cache_gb: Memory for the output of the frozen layers, which every image then passes once, in GiB on each
             process; 0 turns it off. What does not fit passes all layers each time.
         prefix_cache_half: Keep it in float16.
@@ -69,7 +68,7 @@ class PANDA(DN2):
         lr: float = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 5e-5,
-        grad_clip: float = 1e-3,
+        grad_clip: float | None = 1e-3,
         prefix_cache_gb: float = 4.0,
         prefix_cache_half: bool = False,
         prefix_cache_dir: str | None = None,
@@ -78,21 +77,14 @@ class PANDA(DN2):
         index_memory_mb: int = 512,
     ) -> None:
         super().__init__(backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb)
-        if adapt_stages < 1:
-            raise PandaError("adapt_stages=0 leaves nothing to adapt: choose 1 or more, or use DN2.")
+        self.adapt(
+            adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
+        )
         if ewc_weight < 0:
             raise PandaError(f"ewc_weight={ewc_weight} would push weights away from their start: choose 0 or more.")
-        self.adapt_stages = adapt_stages
         self.normalize_loss = normalize_loss
         self.ewc_weight = ewc_weight
         self.fisher_source = fisher
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.grad_clip = grad_clip
-        self.prefix_cache_gb = prefix_cache_gb
-        self.prefix_cache_half = prefix_cache_half
-        self.prefix_cache_dir = prefix_cache_dir
         self.centre: Tensor | None = None  # (D,)
         self.start: dict[str, Tensor] = {}  # adapted parameters before training, by plain timm name
         self.fisher: dict[str, Tensor] = {}
@@ -108,42 +100,24 @@ class PANDA(DN2):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        assert self.centre is not None
-        features = self.loss_space(self.embed(batch))
-        compactness, count = self.batch_mean(losses.compactness(features, self.centre), batch)
-        loss, terms = compactness, {"train/compactness": compactness}
+        terms, count = self.loss_terms(batch)
         if self.ewc_weight:
             adapted = self.backbone.adapted()
             ewc = losses.ewc(list(adapted.values()), *([d[n] for n in adapted] for d in (self.start, self.fisher)))
-            loss = compactness + self.ewc_weight * ewc
-            terms["train/ewc"] = self.ewc_weight * ewc
-        self.log_dict(terms, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
-        return loss
+            terms["ewc"] = self.ewc_weight * ewc
+        return self.logged_sum(terms, count)
+
+    def loss_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """What training lowers on normal images, by name, and the number of images behind it."""
+        assert self.centre is not None
+        features = self.loss_space(self.embed(batch))
+        compactness, count = self.batch_mean(losses.compactness(features, self.centre), batch["index"])
+        return {"compactness": compactness}, count
 
     @override
     def on_train_epoch_end(self) -> None:
         moved = [(p.detach() - self.start[name]).square().sum() for name, p in self.backbone.adapted().items()]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
-
-    @override
-    def configure_optimizers(self) -> Optimizer:
-        if self.trainer.gradient_clip_val is not None:
-            raise PandaError(
-                f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} would be ignored: set model.grad_clip."
-            )
-        adapted = self.backbone.adapted().values()
-        return SGD(adapted, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.backbone.adapted().values(), self.grad_clip)
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
 
     @override
     def setup(self, stage: str) -> None:
@@ -163,11 +137,7 @@ class PANDA(DN2):
     def on_fit_start(self) -> None:
         if self.ewc_weight and not self.fisher:  # the estimate is named after the pixels: before they are replaced
             self._fisher_path = fisher.cache_path(self.backbone, self.data.normal_dataloader().dataset)
-        budget = int(self.prefix_cache_gb * 2**30)
-        for loader in (self.data.normal_dataloader(), self.data.val_dataloader()) if budget else ():
-            budget -= cache_prefix(
-                self.trainer, self.backbone, loader, budget, self.prefix_cache_half, self.prefix_cache_dir
-            )
+        super().on_fit_start()
 
     @override
     def on_train_start(self) -> None:

@@ -1,0 +1,207 @@
+"""Deep SVDD: a small network that maps normal images close to a centre."""
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from panda_lightning import losses, pixels
+from panda_lightning.detectors.base import Detector
+from panda_lightning.features import extract, gather, on_device
+from panda_lightning.networks import lenet, lenet_decoder
+from panda_lightning.types import Batch, PandaError
+
+# channels, widths of the convolutions, outputs of the linear layers (Ruff et al. 2018, section 4)
+LENETS = {
+    "mnist": (1, (8, 4), (32,)),
+    "fashion_mnist": (1, (16, 32), (128, 64)),
+    "cifar10": (3, (32, 64, 128), (128,)),
+    "64px": (3, (32, 64, 128, 256), (128,)),  # not in the paper: one more block
+}
+
+
+class DeepSVDD(Detector):
+    r"""Deep one-class classification (Ruff et al., ICML 2018).
+
+    .. math:: \text{hard: } \frac1B \sum_x d(x) \qquad
+              \text{soft: } R^2 + \frac{1}{\nu B} \sum_x \max(0, d(x) - R^2) \qquad
+              d(x) = \lVert \phi(x) - c \rVert^2
+
+    Two phases of one ``fit``: an autoencoder learns first, whose encoder is phi's start (the score is then the mean
+    squared error of reconstruction); then c is set to the mean of phi over the normal training images, entries closer
+    to 0 than 0.1 pushed to it, and the encoder learns the loss above (the score is then d, less R^2 where the boundary
+    is soft). Images are contrast-normalised by the L1 norm and scaled by the range of the normal training images.
+    Schedule and rates are the paper's: 350 + 150 epochs; batch 200 is an option of the data.
+
+    Args:
+        network: mnist, fashion_mnist (for 28 px, one channel), cifar10 (32 px), 64px (one more block), or auto, by
+            image_size.
+        boundary: hard ("One-Class Deep SVDD") or soft.
+        nu: Share of images that may lie outside the soft boundary.
+        warm_up: Epochs of the second phase before the soft boundary's R is set to the 1 - nu quantile.
+        pretrain_epochs: Epochs of the autoencoder.
+        pretrain_milestone: Its learning rate is divided by ten from here on.
+        milestone: That of the second phase, counted from its start, likewise.
+        lr: Adam's learning rate, in both phases.
+        weight_decay: Adam's weight decay.
+    """
+
+    def __init__(
+        self,
+        network: Literal["auto", "mnist", "fashion_mnist", "cifar10", "64px"] = "auto",
+        boundary: Literal["hard", "soft"] = "hard",
+        nu: float = 0.1,
+        warm_up: int = 10,
+        pretrain_epochs: int = 350,
+        pretrain_milestone: int = 250,
+        milestone: int = 50,
+        lr: float = 1e-4,
+        weight_decay: float = 5e-7,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not 0 < nu < 1:
+            raise PandaError(f"nu={nu} is not a share of images: choose a value between 0 and 1 (0.1 in the paper).")
+        self.network = network
+        self.boundary = boundary
+        self.nu = nu
+        self.warm_up = warm_up
+        self.pretrain_epochs = pretrain_epochs
+        self.pretrain_milestone = pretrain_milestone
+        self.milestone = milestone
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.size = 0  # of the images, in pixels
+        self.range: tuple[float, float] | None = None  # of the normal training images after contrast normalisation
+        self.centre: Tensor | None = None  # (D,), from the second phase on
+        self.radius = torch.zeros(())
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        size = self.data.image_size
+        if self.size not in (0, size):
+            raise PandaError(f"image_size={size}, but the checkpoint's network is for {self.size}: leave it out.")
+        if stage == "fit" and self.trainer.max_epochs in range(self.pretrain_epochs + 1):
+            rank_zero_warn(
+                f"max_epochs={self.trainer.max_epochs} end within the autoencoder's {self.pretrain_epochs}: scores are "
+                "its errors, not Deep SVDD's. Choose more, or fewer pretrain_epochs."
+            )
+        self.build(size)
+
+    def build(self, size: int) -> None:
+        """Make the networks for images of this side in pixels."""
+        if hasattr(self, "encoder"):
+            return
+        by_size = {28: "fashion_mnist", 32: "cifar10", 64: "64px"}
+        name = by_size.get(size, "") if self.network == "auto" else self.network
+        if not name or size % (1 << len(LENETS[name][1])):
+            raise PandaError(
+                f"image_size={size} does not suit network={self.network}: choose 28 (mnist, fashion_mnist), 32 "
+                "(cifar10) or 64 (64px)."
+            )
+        self.size = size
+        self.channels, widths, dims = LENETS[name]
+        self.encoder = lenet(self.channels, size, widths, dims)
+        self.decoder = lenet_decoder(self.channels, size, widths, dims)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Images (B, C, H, W) as the encoder sees them, about in [0, 1]."""
+        assert self.range is not None
+        images = batch["image"] if self.channels == 3 else batch["image"].float().mean(dim=1, keepdim=True)
+        low, high = self.range
+        return (pixels.contrast_normalize(images) - low) / (high - low)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Representations (B, D)."""
+        features: Tensor = self.encoder(self.inputs(batch))
+        return features
+
+    def reconstruction_error(self, batch: Batch) -> Tensor:
+        """The autoencoder's squared error, mean over pixels and channels: (B,)."""
+        images = self.inputs(batch)
+        error: Tensor = (self.decoder(self.encoder(images)) - images).square().mean(dim=(1, 2, 3))
+        return error
+
+    def distance(self, batch: Batch) -> Tensor:
+        """Squared distance to the centre: (B,)."""
+        assert self.centre is not None
+        return (self.embed(batch) - self.centre).square().sum(dim=1)
+
+    @override
+    def anomaly_score(self, batch: Batch) -> Tensor:
+        if self.centre is None:
+            return self.reconstruction_error(batch)
+        self.centre = self.centre.to(self.device)
+        return self.distance(batch) - self.radius.to(self.device).square()
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        index = batch["index"]
+        if self.centre is None:
+            loss, count = self.batch_mean(self.reconstruction_error(batch), index)
+            return self.logged_sum({"reconstruction": loss}, count)
+        distance = self.distance(batch)
+        if self.boundary == "soft":
+            if self.current_epoch >= self.pretrain_epochs + self.warm_up:
+                self.radius = torch.quantile(self.of_all(distance.detach(), index).sqrt(), 1 - self.nu)
+            distance = losses.soft_boundary(distance, self.radius, self.nu)
+        loss, count = self.batch_mean(distance, index)
+        return self.logged_sum({"deep_svdd": loss}, count)
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        if self.centre is None and self.current_epoch >= self.pretrain_epochs:
+            self.encoder.eval()
+            outputs = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Centre")
+            self.encoder.train()
+            centre = outputs.mean(dim=0)
+            self.centre = torch.where(centre.abs() < 0.1, torch.where(centre < 0, -0.1, 0.1), centre)
+            self.trainer.optimizers[0].state.clear()  # the second phase has an Adam of its own
+            rank_zero_info(f"Deep SVDD: the encoder is pretrained, its centre is set after {self.current_epoch} epochs")
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.range is None:
+            self.range = (0.0, 1.0)  # inputs as they are, to be measured
+            loader = self.data.normal_dataloader()
+            parts = [
+                (batch["index"], self.inputs(batch).flatten(1).aminmax(dim=1))
+                for batch in on_device(self.trainer, loader, "Range of the normal images")
+            ]
+            _, low, high = gather([(index, least, most) for index, (least, most) in parts])
+            self.range = (float(low.min()), float(high.max()))
+        self.centre = None if self.centre is None else self.centre.to(self.device)
+        self.radius = self.radius.to(self.device)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        def factor(epoch: int) -> float:
+            pretraining = epoch < self.pretrain_epochs
+            late = self.pretrain_milestone if pretraining else self.pretrain_epochs + self.milestone
+            return 0.1 if epoch >= late else 1.0
+
+        optimizer = Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return [optimizer], [LambdaLR(optimizer, factor)]
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        centre = None if self.centre is None else self.centre.cpu()
+        checkpoint["deep_svdd"] = {
+            "size": self.size,
+            "range": self.range,
+            "centre": centre,
+            "radius": self.radius.cpu(),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint["deep_svdd"]
+        self.build(kept["size"])
+        self.range, self.centre, self.radius = kept["range"], kept["centre"], kept["radius"]

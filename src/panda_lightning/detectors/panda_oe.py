@@ -1,0 +1,94 @@
+"""PANDA-OE: pretrained features adapted to tell normal images from outliers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from panda_lightning.backbones import Optimize
+from panda_lightning.detectors.pretrained import PretrainedDetector
+from panda_lightning.types import Batch
+
+
+class PANDAOE(PretrainedDetector):
+    r"""PANDA with outlier exposure (Reiss et al., CVPR 2021, section 3.4).
+
+    .. math:: L = \frac{1}{2B} \sum_{x, y} BCE(y, \sigma(w \cdot f(x) + b)), \quad s(x) = w \cdot f(x) + b
+
+    y is 0 for normal images and 1 for outliers (``data.outliers``), of which each step has a batch; w and b are a new
+    head. The score is the logit: its sigmoid, as published, ranks the same until it saturates. There is no bank.
+
+    Args:
+        backbone: See DN2.
+        weights: See DN2.
+        adapt_stages: See PANDA.
+        lr: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        grad_clip: Global gradient norm to clip to at every step; None for no clipping.
+        prefix_cache_gb: See PANDA; outliers come last.
+        prefix_cache_half: See PANDA.
+        prefix_cache_dir: See PANDA.
+        optimize: See DN2.
+    """
+
+    OUTLIERS = True
+
+    def __init__(
+        self,
+        backbone: str = "resnet152.tv_in1k",
+        weights: str | None = None,
+        adapt_stages: int = 2,
+        lr: float = 1e-1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = 1e-3,
+        prefix_cache_gb: float = 4.0,
+        prefix_cache_half: bool = False,
+        prefix_cache_dir: str | None = None,
+        optimize: Optimize = "folded",
+    ) -> None:
+        super().__init__(backbone, weights, optimize)
+        self.save_hyperparameters()
+        self.adapt(
+            adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
+        )
+
+    @property
+    @override
+    def method(self) -> str:
+        return "PANDA-OE"
+
+    @override
+    def configure_model(self) -> None:
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(self.backbone.num_features, 1)
+
+    @override
+    def anomaly_score(self, batch: Batch) -> Tensor:
+        logit: Tensor = self.head(self.embed(batch))
+        return logit[:, 0].float()
+
+    @override
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+        parts = [(self.anomaly_score(part), part["label"], part["index"]) for part in batch.values()]
+        logit, label, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        errors = F.binary_cross_entropy_with_logits(logit, label.to(logit), reduction="none")
+        loss, count = self.batch_mean(errors, index)
+        return self.logged_sum({"outlier_exposure": loss}, count)
+
+    @override
+    def trained(self) -> list[nn.Parameter]:
+        return [*super().trained(), *self.head.parameters()]
+
+    @override
+    def cached_dataloaders(self) -> list[DataLoader[Batch]]:
+        return [*super().cached_dataloaders(), self.data.outlier_dataloader()]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.configure_model()

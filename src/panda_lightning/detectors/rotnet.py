@@ -1,0 +1,94 @@
+"""Multi-Head RotNet: a network that tells how a normal image was turned and shifted fails on anomalous ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from typing_extensions import override
+
+from panda_lightning import pixels
+from panda_lightning.detectors.base import Detector
+from panda_lightning.networks import WideResNet
+from panda_lightning.types import Batch
+
+HEADS = {"rotation": 4, "x_shift": 3, "y_shift": 3}
+
+
+class MultiHeadRotNet(Detector):
+    r"""Self-supervised prediction of rotation and translation (Hendrycks, Mazeika, Kadavath, Song, NeurIPS 2019).
+
+    .. math:: L = \frac13 \sum_h CE_h(t_h, T(x)), \qquad s(x) = -\sum_T \sum_h p_h(t_h \mid T(x))
+
+    T turns an image by quarters and then shifts it by -r, 0 or r pixels in x and in y, edges reflected; t_h is what
+    head h (rotation, x shift, y shift) should name. In training T is drawn for each image; the score sums over all 36.
+    A WideResNet-16-4 learns from scratch, on random crops (padding 4) and mirror images. Batch 128 and 200 epochs are
+    options of data and Trainer.
+
+    Args:
+        depth: Of the WideResNet.
+        width: Its widening factor.
+        dropout: In its blocks.
+        lr: Peak learning rate of SGD with Nesterov's momentum, falling to 0 along a cosine over all steps.
+        momentum: Its momentum.
+        weight_decay: Its weight decay.
+    """
+
+    def __init__(
+        self,
+        depth: int = 16,
+        width: int = 4,
+        dropout: float = 0.3,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.network = WideResNet(depth, width, dropout)
+        self.head = nn.Linear(self.network.num_features, sum(HEADS.values()))
+
+    def logits(self, images: Tensor, transform: Tensor) -> tuple[Tensor, ...]:
+        """Each head's logits (B, 4), (B, 3), (B, 3) for images (B, 3, S, S) uint8 after the transforms (B, 3)."""
+        shift = images.shape[-1] // 4  # 8 pixels of 32
+        turned = pixels.turn_and_shift(
+            images, transform[:, 0], (transform[:, 1] - 1) * shift, (transform[:, 2] - 1) * shift
+        )
+        x = turned.to(self.head.weight.dtype) / 127.5 - 1
+        found: Tensor = self.head(self.network(x))
+        return torch.split(found, list(HEADS.values()), dim=1)
+
+    @override
+    def anomaly_score(self, batch: Batch) -> Tensor:
+        images = batch["image"]
+        score = torch.zeros(len(images), device=images.device)
+        for transform in torch.cartesian_prod(*(torch.arange(n, device=images.device) for n in HEADS.values())):
+            for head, true in zip(self.logits(images, transform.expand(len(images), -1)), transform, strict=True):
+                score -= head.float().softmax(dim=1)[:, true]
+        return score
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        draws = self.draws(batch, pixels.CROP_DRAWS + len(HEADS))
+        torch.manual_seed(self.steps_trained)  # dropout, also after a resume
+        images = pixels.crop_and_flip(batch["image"], draws[:, : pixels.CROP_DRAWS], padding=4)
+        kinds = torch.tensor(list(HEADS.values()), device=self.device)
+        transform = (draws[:, pixels.CROP_DRAWS :] * kinds).long()
+        terms = {}
+        for name, head, true in zip(HEADS, self.logits(images, transform), transform.T, strict=True):
+            errors = F.cross_entropy(head, true, reduction="none") / len(HEADS)
+            terms[name], count = self.batch_mean(errors, batch["index"])
+        return self.logged_sum(terms, count)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(
+            self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
+        )
+        schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -37,3 +37,23 @@ def test_ewc_has_the_gradient_that_differences_give():
     start, fisher = ([torch.rand(p.shape, dtype=torch.float64) for p in params] for _ in range(2))
     params[1].requires_grad_()
     assert torch.autograd.gradcheck(lambda *p: losses.ewc(p, start, fisher), params)
+
+
+def test_mean_shifted_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(2)
+    first, second, centre = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), rng.normal(size=5)
+    views = [v - centre for v in (*first, *second)]
+    views = [v / np.sqrt(sum(v**2)) for v in views]
+    expected = 0.0
+    for i in range(8):
+        similar = {m: np.exp(sum(views[i] * views[m]) / 0.25) for m in range(8) if m != i}
+        expected -= np.log(similar[(i + 4) % 8] / sum(similar.values())) / 8
+    got = losses.mean_shifted(*map(torch.tensor, (first, second, centre)), temperature=0.25)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+def test_the_soft_boundary_is_that_of_a_plain_loop():
+    distances, radius, nu = [0.1, 4.0, 9.0, 16.0], 2.0, 0.1
+    expected = sum(radius**2 + max(0.0, d - radius**2) / nu for d in distances) / 4
+    got = losses.soft_boundary(torch.tensor(distances), torch.tensor(radius), nu).mean()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

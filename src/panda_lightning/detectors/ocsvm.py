@@ -28,8 +28,9 @@ GRIDS: dict[str, tuple[list[float], list[float]]] = {  # select: values of nu (n
 class OCSVM(PretrainedDetector):
     r"""One-class support vector machine with an RBF kernel (Schoelkopf et al. 2001), solved by scikit-learn.
 
-    .. math:: s(x) = \rho - \sum_i \alpha_i \exp(-\gamma \lVert z(x) - z_i \rVert^2)
+    .. math:: s(x) = -\sum_i \alpha_i \exp(-\gamma \lVert z(x) - z_i \rVert^2)
 
+    The machine's offset, one number for all images, is left out: far images' small similarities would drown in it.
     z by ``inputs``: pixels_pca (contrast-normalised by the L1 norm, scaled to [0, 1] by the range of the normal
     training images, PCA keeping 95 % of the variance, as for Deep SVDD's table), pixels (scaled to [-1, 1], as in
     GEOM), or backbone (a pretrained network's features). Grey images count once, not three times.
@@ -68,7 +69,7 @@ class OCSVM(PretrainedDetector):
         self.nu = nu
         self.gamma = gamma
         self.select = select
-        # z = (x - mean) @ components, support vectors (S, P), their alpha (S,), rho, gamma; all float64
+        # z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma; all float64
         self.machine: dict[str, Tensor] | None = None
 
     @property
@@ -103,8 +104,7 @@ class OCSVM(PretrainedDetector):
         assert self.machine is not None
         m = self.machine
         z = self._projected(self.embed(batch).double())
-        similarity = torch.exp(-m["gamma"] * torch.cdist(z, m["support"]).square())
-        return m["rho"] - similarity @ m["alpha"]
+        return -torch.exp(-m["gamma"] * torch.cdist(z, m["support"]).square()) @ m["alpha"]
 
     def _projected(self, x: Tensor) -> Tensor:
         assert self.machine is not None
@@ -139,7 +139,6 @@ class OCSVM(PretrainedDetector):
         self.machine |= {
             "support": torch.from_numpy(svm.support_vectors_),
             "alpha": torch.from_numpy(svm.dual_coef_[0]),
-            "rho": torch.tensor(-svm.intercept_[0]),
             "gamma": torch.tensor(gamma),
         }
 
@@ -180,8 +179,8 @@ class OCSVM(PretrainedDetector):
             for nu in nus or [self.nu]:
                 svm = OneClassSVM(kernel="precomputed", nu=nu).fit(kernel)
                 score = -other[:, svm.support_] @ torch.from_numpy(svm.dual_coef_[0])
-                found.append((metrics.auroc(score, label), gamma, nu))
-        return max(found)[1:]
+                found.append((-metrics.auroc(score, label), gamma, nu))
+        return min(found)[1:]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

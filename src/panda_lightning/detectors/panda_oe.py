@@ -64,7 +64,7 @@ class PANDAOE(PretrainedDetector):
 
     @override
     def configure_model(self) -> None:
-        if not hasattr(self, "head"):
+        if hasattr(self, "backbone") and not hasattr(self, "head"):
             self.head = nn.Linear(self.backbone.num_features, 1)
 
     @override

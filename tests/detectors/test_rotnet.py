@@ -1,0 +1,95 @@
+import numpy as np
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from panda_lightning import MultiHeadRotNet
+from tests.detectors.test_panda import data, trainer
+
+SMALL = {"depth": 10, "width": 1}
+
+
+def transformed(image, turn, right, down, shift=8):
+    padded = np.pad(np.rot90(image, turn, (1, 2)), ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
+    top, left = shift - down, shift - right
+    return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def chances(logits):
+    e = np.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def test_the_score_sums_over_all_36_transforms(folder):
+    torch.manual_seed(0)
+    detector, module = MultiHeadRotNet(**SMALL).eval(), data(folder)
+    module.setup("test")
+    batch = module.test_dataloader().dataset.__getitems__(range(3))
+    with torch.no_grad():
+        got = detector.anomaly_score(batch)
+        for image, score in zip(batch["image"].numpy(), got, strict=True):
+            expected = 0.0
+            for turn in range(4):
+                for x in range(3):
+                    for y in range(3):
+                        moved = transformed(image, turn, (x - 1) * 8, (y - 1) * 8).astype(np.float32)
+                        out = detector.head(detector.network(torch.from_numpy(moved[None] / 127.5 - 1)))[0].numpy()
+                        heads = (out[:4], out[4:7], out[7:])
+                        expected -= sum(chances(h)[t] for h, t in zip(heads, (turn, x, y), strict=True))
+            np.testing.assert_allclose(score, expected, rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_of_three_cross_entropies(folder, tmp_path):
+    torch.manual_seed(0)
+    steps = []
+
+    class Watched(MultiHeadRotNet):
+        def logits(self, images, transform):
+            found = super().logits(images, transform)
+            if self.training:
+                steps.append((transform, [f.detach().numpy() for f in found]))
+            return found
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(float(loss))
+            return loss
+
+    losses: list[float] = []
+    trainer(tmp_path, epochs=1).fit(Watched(**SMALL), data(folder))
+    assert len(losses) == 3
+    for loss, (transform, heads) in zip(losses, steps, strict=True):
+        errors = [
+            -np.log(chances(head[b])[t[b]])
+            for head, t in zip(heads, transform.T.numpy(), strict=True)
+            for b in range(len(head))
+        ]
+        np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-4)
+    kinds = torch.cat([t for t, _ in steps])
+    assert kinds.amax(dim=0).tolist() == [3, 2, 2]  # each kind is drawn
+    assert kinds.amin(dim=0).tolist() == [0, 0, 0]
+
+
+def test_the_rate_falls_along_a_cosine_and_a_resumed_run_is_the_undisturbed_one(folder, tmp_path):
+    rates = []
+
+    class Watched(MultiHeadRotNet):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def run(epochs, path=None, stop=None):
+        torch.manual_seed(0)
+        detector = Watched(**SMALL)
+        saved = ModelCheckpoint(dirpath=tmp_path / f"{stop}-{path is None}", filename="last")
+        fit = trainer(tmp_path, epochs, enable_checkpointing=True, callbacks=[saved])
+        if stop:
+            detector.on_train_epoch_end = lambda: setattr(fit, "should_stop", fit.current_epoch + 1 == stop)
+        fit.fit(detector, data(folder), ckpt_path=path)
+        return detector, saved.best_model_path
+
+    whole, _ = run(3)
+    np.testing.assert_allclose(rates, [0.1 * (1 + np.cos(np.pi * i / 9)) / 2 for i in range(9)], rtol=1e-6)
+    _, path = run(3, stop=1)
+    resumed, _ = run(3, path)
+    torch.testing.assert_close(resumed.scores.score, whole.scores.score, rtol=1e-3, atol=1e-3)
+    again = MultiHeadRotNet.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    assert again.steps_trained == 3

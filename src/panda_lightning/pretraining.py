@@ -267,7 +267,8 @@ class Pretraining(pl.LightningModule):
             **{key: cfg[key] for key in ("mean", "std", "first_conv", "classifier")},
             "label_names": list(data.classes),
         }
-        made = {name: value for name, value in self.hparams.items() if name not in ("architecture", "model_args")}
+        known = ("architecture", "model_args")
+        made = {name: v for name, v in self.hparams.items() if name not in known and not name.startswith("_")}
         config = {
             "architecture": self.architecture,
             "num_classes": len(data.classes),

@@ -7,9 +7,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors import safe_open
 from torch import nn
 
 from panda_lightning import PANDA, Backbone, ImageFolder, PandaError, fisher
+from panda_lightning.backbones import BUNDLED
 from panda_lightning.datamodules.base import ShardedSampler
 from tests.conftest import make_folder, picture
 
@@ -157,15 +159,37 @@ def test_ewc_terms_are_logged_apart(tmp_path, folder, source):
     assert float(m["train/distance_from_start"]) == pytest.approx(float(sum(moved).sqrt()), rel=1e-4)
 
 
+def test_auto_takes_the_fisher_that_lies_beside_the_bundled_weights(tmp_path, folder, caplog):
+    detector = PANDA("panda_tiny")
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, epochs=1).fit(detector, data(folder))
+    assert "the diagonal that came with the weights" in caplog.text
+    beside = Path(detector.backbone.fisher_file)
+    assert beside.parent.name == "panda_tiny"
+    assert (beside.stat().st_size + (beside.parent / "model.safetensors").stat().st_size) < 6e6
+    with safe_open(beside, "pt") as file:
+        header = file.metadata()
+        name = "layer4.0.conv2.weight"
+        expected = file.get_tensor(name).double() * float(header["scale"])
+    assert (header["estimator"], header["convention"], header["samples"]) == ("true labels", "per-sample", "20000")
+    torch.testing.assert_close(detector.fisher[name].double(), expected)
+    assert header["weights"] == fisher.weights_name(Backbone.pretrained("panda_tiny"))  # so no warning
+    more = PANDA("panda_tiny", adapt_stages=3)  # than the file holds
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, epochs=1).fit(more, data(folder))
+    assert "estimated on the normal training images" in caplog.text
+
+
 def test_an_estimated_fisher_is_kept_and_found_again(tmp_path, folder, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = PANDA("panda_tiny")
+    bare = shutil.copytree(BUNDLED / "panda_tiny", tmp_path / "bare", ignore=shutil.ignore_patterns("fisher*"))
+    first = PANDA(f"local-dir:{bare}")
     with caplog.at_level("INFO"):
         trainer(tmp_path).fit(first, data(folder))
     assert "the paper takes ImageNet" in caplog.text
     (_,) = (tmp_path / "cache/panda-lightning/fisher").iterdir()
     monkeypatch.setattr(fisher, "estimate", lambda *a, **k: pytest.fail("estimated again"))
-    second = PANDA("panda_tiny")
+    second = PANDA(f"local-dir:{bare}")
     trainer(tmp_path).fit(second, data(folder))
     assert all(torch.equal(first.fisher[name], second.fisher[name]) for name in first.fisher)
 

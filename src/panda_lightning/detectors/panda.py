@@ -127,11 +127,18 @@ class PANDA(DN2):
                 self.fisher = fisher.ones(self.backbone)
             elif self.fisher_source != "auto":
                 self.fisher = fisher.load(self.fisher_source, self.backbone)
-            elif self.backbone.fisher_file:
-                rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {self.backbone.fisher_file}")
-                self.fisher = fisher.load(str(self.backbone.fisher_file), self.backbone)
+            elif self._beside:
+                rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {self._beside}")
+                self.fisher = fisher.load(self._beside, self.backbone)
             else:
                 fisher.require_classifier(self.backbone)
+
+    @property
+    def _beside(self) -> str | None:
+        """The Fisher diagonal beside the weights, if it is of all layers that are adapted."""
+        path = self.backbone.fisher_file
+        known = int(fisher.header(path).get("adapt_stages", self.adapt_stages)) if path else 0
+        return str(path) if self.adapt_stages <= known else None
 
     @override
     def on_fit_start(self) -> None:

@@ -54,3 +54,17 @@ def test_two_processes_test_as_one(tmp_path):
     assert logged(one, "test/auroc") == logged(two, "test/auroc")
     a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["bank"] for f in (one, two))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "words"), [("MSC", ["--model.lr=0.01"]), ("PANDAOE", ["--data.outliers=others"])])
+def test_two_processes_train_the_other_methods_as_one(tmp_path, model, words):
+    folder = make_folder(tmp_path / "images")
+    make_folder(tmp_path / "others", train=0, normal=0, anomalous=9)
+    words = ["fit", *fast(folder, model=model, epochs=2), *words]
+    one, two = (launch(tmp_path, f"on{n}", words, n) for n in (1, 2))
+    for key in ("val/auroc", "train/loss", "train/grad_norm"):
+        assert logged(one, key) == pytest.approx(logged(two, key), rel=1e-3), key
+    a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (one, two))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5)

@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -199,3 +201,11 @@ class Detector(pl.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps_trained = checkpoint["steps"]["trained"]
         self._steps_per_epoch = checkpoint["steps"]["per_epoch"]
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw new layers from the run's seed alone: the same ones however many processes have drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        yield

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from panda_lightning import losses, pixels
-from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.base import Detector, seeded
 from panda_lightning.features import extract, gather, on_device
 from panda_lightning.networks import lenet, lenet_decoder
 from panda_lightning.types import Batch, PandaError
@@ -106,8 +106,9 @@ class DeepSVDD(Detector):
             )
         self.size = size
         self.channels, widths, dims = LENETS[name]
-        self.encoder = lenet(self.channels, size, widths, dims)
-        self.decoder = lenet_decoder(self.channels, size, widths, dims)
+        with seeded():
+            self.encoder = lenet(self.channels, size, widths, dims)
+            self.decoder = lenet_decoder(self.channels, size, widths, dims)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Images (B, C, H, W) as the encoder sees them, about in [0, 1]."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.backbones import Optimize
+from panda_lightning.detectors.base import seeded
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.types import Batch
 
@@ -65,7 +66,8 @@ class PANDAOE(PretrainedDetector):
     @override
     def configure_model(self) -> None:
         if hasattr(self, "backbone") and not hasattr(self, "head"):
-            self.head = nn.Linear(self.backbone.num_features, 1)
+            with seeded():
+                self.head = nn.Linear(self.backbone.num_features, 1)
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:

@@ -1,10 +1,11 @@
 """A pretrained timm network, split into a frozen prefix and an adapted suffix."""
 
 import json
+import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -234,8 +235,12 @@ class Backbone(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prefix(self, images: Tensor) -> Tensor:
+        x = self._normalized(images)
+        return self._compiled_frozen(self._frozen_layers(x), x)
+
+    def _normalized(self, images: Tensor) -> Tensor:
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self._compiled_frozen(self._frozen_layers(x), x.contiguous(memory_format=self._layout))
+        return x.contiguous(memory_format=self._layout)
 
     def _frozen_layers(self, x: Tensor) -> list[Layer]:
         layers = self._layers(self._pieces[: self._split])
@@ -263,6 +268,64 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8, or the output of ``prefix``, -> features (B, D)."""
         return self.suffix(self.prefix(images))
+
+    @torch.no_grad()
+    def pyramid(self, images: Tensor, levels: Sequence[int], pooled: bool = False) -> list[Tensor]:
+        """Feature maps of several resolutions from one pass.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            levels: See ``level_pieces``.
+            pooled: Go on to the end of the network, for its pooled features.
+
+        Returns:
+            A map (B, C, h, w) a level, in the order given; then, if asked for, the features (B, D).
+        """
+        wanted = self.level_pieces(levels)
+        rows = 16 if images.device.type == "cpu" else len(images)  # see prefix
+        parts = [self._pyramid(part, wanted, pooled) for part in torch.split(images, rows)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _pyramid(self, images: Tensor, wanted: list[str], pooled: bool) -> list[Tensor]:
+        x = self._normalized(images)
+        layers = [*self._frozen_layers(x), *self._layers(self._pieces[self._split :])]
+        found: dict[str, Tensor] = {}
+        for name, layer in zip(self._pieces, layers, strict=True):
+            if not pooled and len(found) == len(wanted):
+                break
+            x = layer(x)
+            if name in wanted:
+                found[name] = self._as_map(x, images.shape[2:])
+        maps = [found[name] for name in wanted]
+        return [*maps, _timm(self.model).forward_head(x, pre_logits=True)] if pooled else maps
+
+    def level_pieces(self, levels: Sequence[int]) -> list[str]:
+        """Layers behind which the pyramid's levels lie.
+
+        Level 1 to 4 is the last map of 1/4, 1/8, 1/16 and 1/32 of the image's side: layer1 to layer4 of a ResNet. All
+        maps of a ViT are of one size; its levels end the quarters of its blocks.
+
+        Raises:
+            PandaError: If the network has no such level.
+        """
+        info = [(f["module"], f["reduction"]) for f in _timm(self.model).feature_info if f["module"] in self._pieces]
+        if len({reduction for _, reduction in info}) == 1:
+            known = {level: info[math.ceil(level * len(info) / 4) - 1][0] for level in range(1, 5)}
+        else:
+            known = {level: name for level in range(1, 5) for name, reduction in info if reduction == 2 << level}
+        if not levels or not set(levels) <= set(known):
+            raise PandaError(
+                f"levels={list(levels)} are not levels of {self.architecture}: choose from {', '.join(map(str, known))}."
+            )
+        return [known[level] for level in levels]
+
+    def _as_map(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """A ViT's tokens (B, N, C) as a map (B, C, h, w), without those that stand for no patch."""
+        if x.ndim == 4:
+            return x
+        model = _timm(self.model)
+        grid = [side // patch for side, patch in zip(size, model.patch_embed.patch_size, strict=True)]
+        return x[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever is asked: see the class."""

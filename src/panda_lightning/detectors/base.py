@@ -104,14 +104,16 @@ class Detector(pl.LightningModule, ABC):
             )
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._parts.append((batch["index"], self.anomaly_score(batch), batch["label"]))
-
-    test_step = validation_step
-
-    @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return {"index": batch["index"], "score": self.anomaly_score(batch)}
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        found = self.predict_step(batch, batch_idx)
+        self._parts.append((found["index"], found["score"], batch["label"]))
+        return found
+
+    test_step = validation_step
 
     @override
     def on_validation_epoch_start(self) -> None:

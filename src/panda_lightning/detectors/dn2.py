@@ -1,22 +1,18 @@
 """DN2: nearest neighbours in pretrained features."""
 
-from typing import Any
-
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
 from panda_lightning.backbones import Optimize
-from panda_lightning.callbacks import RebuildIndex
-from panda_lightning.detectors.pretrained import PretrainedDetector
+from panda_lightning.detectors.bank import BankDetector
 from panda_lightning.features import extract
-from panda_lightning.knn import Backend, KNNIndex
+from panda_lightning.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 
-class DN2(PretrainedDetector):
+class DN2(BankDetector):
     r"""Distance to the nearest normal images in the feature space of a pretrained network.
 
     .. math:: s(x) = \sum_{i=1}^{k} \lVert f(x) - f_i \rVert^2, \quad f_i \text{ the k nearest of the bank}
@@ -49,7 +45,7 @@ class DN2(PretrainedDetector):
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
     ) -> None:
-        super().__init__(backbone, weights, optimize)
+        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb)
         self.save_hyperparameters()
         if k < 1:
             raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
@@ -58,9 +54,6 @@ class DN2(PretrainedDetector):
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
         self.centroids = centroids
-        self.index = KNNIndex(index_backend, index_memory_mb)
-        self.bank: Tensor | None = None  # (N, D) float32, as the network gives them
-        self.bank_step = -1  # steps_trained when it was made
 
     def scoring_space(self, features: Tensor) -> Tensor:
         """Features (N, D) as distances for scores are taken between them."""
@@ -71,19 +64,14 @@ class DN2(PretrainedDetector):
         distances, _ = self.index.search(self.scoring_space(self.embed(batch)), self.k)
         return distances.sum(dim=1)
 
+    @override
     def rebuild_bank(self) -> None:
-        """Extract the features of all normal training images with the weights of this moment."""
         loader = self.data.normal_dataloader()
         self.bank = extract(self.trainer, self.embed, loader, "Normal features")
         self.bank_step = self.steps_trained
 
-    @property
-    def bank_is_fresh(self) -> bool:
-        """Whether the bank was made with the weights in use."""
-        return self.bank is not None and self.bank_step == self.steps_trained
-
+    @override
     def fit_index(self) -> int:
-        """Make the bank, or its centroids, searchable on this device; returns how many there are."""
         assert self.bank is not None
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:
@@ -111,27 +99,8 @@ class DN2(PretrainedDetector):
         distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
         return float(distances[:, : self.k].sum(dim=1).mean())
 
-    # ---- the run -------------------------------------------------------------------------------------------
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [RebuildIndex(), *super().configure_callbacks()]
-
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.k > (size := len(self.data.normal_images)):
             raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
-
-    # ---- checkpoints: plain tensors, so that neither images nor the weights' source are needed again -------------
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["bank"] = None if self.bank is None else self.bank.cpu()
-        checkpoint["bank_step"] = self.bank_step
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.bank, self.bank_step = checkpoint["bank"], checkpoint["bank_step"]

@@ -9,7 +9,7 @@ ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
     {"types"},
     {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints", "networks", "pixels"},
-    {"backbones"},
+    {"backbones", "coreset"},
     {"features", "fisher"},
     {"prefix_cache"},
     {"callbacks", "datamodules"},

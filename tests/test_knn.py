@@ -30,6 +30,20 @@ def test_distances_are_numpys(backend, size, dim, k, device):
     assert (rows.cpu().numpy() == order).mean() > 0.99  # equal distances may change places
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_groups_of_a_large_bank_lose_no_neighbour(device):
+    torch.manual_seed(0)
+    size = KNNIndex.GROUP**2 * 11 + 5  # the last group is not full
+    bank = torch.randn(size, 3, device=device)
+    bank[100:110] = bank[100]  # neighbours within one group
+    queries = torch.cat([bank[100:101], bank[-3:], torch.randn(20, 3, device=device)])
+    distances, rows = KNNIndex("torch").fit(bank).search(queries, 3)
+    expected, order = plain(bank, queries, 3)
+    np.testing.assert_allclose(distances.cpu(), expected, rtol=2e-6, atol=1e-12)
+    assert (rows.cpu().numpy()[4:] == order[4:]).mean() > 0.95
+    assert int(rows.max()) < size
+
+
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_digits_survive_features_far_from_the_origin(backend):
     torch.manual_seed(0)
@@ -86,8 +100,8 @@ def test_without_faiss_auto_takes_torch_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(knn, "find_spec", lambda name: None)
     knn._say_once.cache_clear()
     with caplog.at_level("INFO"):
-        distances, _ = KNNIndex("auto").fit(torch.eye(3)).search(torch.eye(3), 1)
-    assert distances.flatten().tolist() == [0.0] * 3
+        distances, _ = KNNIndex("auto").fit(torch.eye(200)).search(torch.eye(200), 1)
+    assert distances.flatten().tolist() == [0.0] * 200
     assert "faiss is not installed" in caplog.text
     with pytest.raises(PandaError, match="faiss is not installed: install it"):
         KNNIndex("faiss").fit(torch.eye(3))

@@ -17,7 +17,18 @@ from panda_lightning.datamodules import (
     ImageFolder,
     MVTecAD,
 )
-from panda_lightning.detectors import DN2, MSC, OCSVM, PANDA, PANDAOE, DeepSVDD, Detector, MultiHeadRotNet
+from panda_lightning.detectors import (
+    DN2,
+    MSC,
+    OCSVM,
+    PANDA,
+    PANDAOE,
+    SPADE,
+    DeepSVDD,
+    Detector,
+    MultiHeadRotNet,
+    PatchCore,
+)
 from panda_lightning.knn import KNNIndex
 from panda_lightning.loggers import AutoWandbLogger
 from panda_lightning.metrics import auroc
@@ -33,6 +44,7 @@ __all__ = [
     "OCSVM",
     "PANDA",
     "PANDAOE",
+    "SPADE",
     "AnomalyDataModule",
     "AutoWandbLogger",
     "Backbone",
@@ -49,6 +61,7 @@ __all__ = [
     "MVTecAD",
     "MultiHeadRotNet",
     "PandaError",
+    "PatchCore",
     "Pretraining",
     "SampleWiseEarlyStopping",
     "auroc",

@@ -315,7 +315,8 @@ class Backbone(nn.Module):
             known = {level: name for level in range(1, 5) for name, reduction in info if reduction == 2 << level}
         if not levels or not set(levels) <= set(known):
             raise PandaError(
-                f"levels={list(levels)} are not levels of {self.architecture}: choose from {', '.join(map(str, known))}."
+                f"levels={list(levels)} are not all levels of {self.architecture}: choose from "
+                f"{', '.join(map(str, known))}."
             )
         return [known[level] for level in levels]
 
@@ -325,7 +326,8 @@ class Backbone(nn.Module):
             return x
         model = _timm(self.model)
         grid = [side // patch for side, patch in zip(size, model.patch_embed.patch_size, strict=True)]
-        return x[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+        patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
+        return patches.reshape(len(x), -1, *grid)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever is asked: see the class."""

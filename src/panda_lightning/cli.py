@@ -59,6 +59,8 @@ class PandaCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        if self.config.subcommand == "predict" and self.config.predict.return_predictions is None:
+            self.config.predict.return_predictions = False  # they are written, batch by batch: maps would fill memory
         # Lightning has by now laid the checkpoint's hyper-parameters over the configuration.
         for word in self.words:
             key = word.split("=")[0].removeprefix("--")

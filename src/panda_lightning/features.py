@@ -15,20 +15,27 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def extract(trainer: pl.Trainer, embed: Callable[[Batch], Tensor], loader: Iterable[Batch], title: str) -> Tensor:
+def extract(
+    trainer: pl.Trainer,
+    embed: Callable[[Batch], Tensor],
+    loader: Iterable[Batch],
+    title: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Embed every image of a data set once, each process its share.
 
     Args:
         trainer: Gives device, precision and progress bar.
-        embed: Batch -> (B, D) features.
+        embed: Batch -> (B, ...) features.
         loader: Batches of this process; together the processes hold every index of the data set.
         title: What the progress bar says.
+        dtype: Of what is kept.
 
     Returns:
-        (N, D) float32 on the trainer's device, row i for index i, the same on every process.
+        (N, ...) on the trainer's device, row i for index i, the same on every process.
     """
     with trainer.precision_plugin.forward_context():
-        parts = [(batch["index"], embed(batch).float()) for batch in on_device(trainer, loader, title)]
+        parts = [(batch["index"], embed(batch).to(dtype)) for batch in on_device(trainer, loader, title)]
     _, features = gather(parts)
     return features
 

@@ -1,9 +1,11 @@
 """One job a file."""
 
+from panda_lightning.callbacks.anomaly_maps import AnomalyMaps
 from panda_lightning.callbacks.health import Health
 from panda_lightning.callbacks.media import Media
+from panda_lightning.callbacks.predictions import Predictions
 from panda_lightning.callbacks.rebuild_index import RebuildIndex
 from panda_lightning.callbacks.report import Report
 from panda_lightning.callbacks.sample_wise_early_stopping import SampleWiseEarlyStopping
 
-__all__ = ["Health", "Media", "RebuildIndex", "Report", "SampleWiseEarlyStopping"]
+__all__ = ["AnomalyMaps", "Health", "Media", "Predictions", "RebuildIndex", "Report", "SampleWiseEarlyStopping"]

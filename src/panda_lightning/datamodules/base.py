@@ -226,12 +226,17 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         lines.writerow(("file", "split", "label"))
         for split in splits:
             images = self._split(split)
-            rows = range(len(images)) if images.rows is None else images.rows
-            for source, row, anomalous in zip(images.sources, rows, self.is_anomalous(images.targets), strict=True):
-                lines.writerow(
-                    (relative(source, self.root) if isinstance(source, Path) else row, split, int(anomalous))
-                )
+            for name, anomalous in zip(self.names(images), self.is_anomalous(images.targets), strict=True):
+                lines.writerow((name, split, int(anomalous)))
         return text.getvalue()
+
+    def names(self, images: Images) -> list[str]:
+        """What images are called: their files relative to ``root``, or their row numbers in the split."""
+        rows = range(len(images)) if images.rows is None else images.rows
+        return [
+            relative(source, self.root) if isinstance(source, Path) else str(row)
+            for source, row in zip(images.sources, rows, strict=True)
+        ]
 
     @override
     def teardown(self, stage: str) -> None:

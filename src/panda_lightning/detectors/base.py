@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning import metrics
-from panda_lightning.callbacks import Health, Media, Report
+from panda_lightning.callbacks import Health, Media, Predictions, Report
 from panda_lightning.checkpoints import WholeCheckpointIO
 from panda_lightning.features import gather
 from panda_lightning.loggers import AutoWandbLogger
@@ -87,7 +87,7 @@ class Detector(pl.LightningModule, ABC):
                     key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
                 }
                 logger.describe(type(self.data).__name__, self.method, run)
-        return [Health(), Media(), Report()]
+        return [Health(), Media(), Report(), Predictions()]
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,0 +1,107 @@
+"""PatchCore: anomalous pixels by distance to a coreset of normal patches."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from panda_lightning.backbones import Optimize
+from panda_lightning.coreset import greedy_coreset
+from panda_lightning.detectors.segmentation import SegmentationDetector, resized
+from panda_lightning.features import on_device
+from panda_lightning.knn import Backend
+from panda_lightning.types import Batch, PandaError
+
+
+class PatchCore(SegmentationDetector):
+    r"""Distance to the nearest of a memory of normal patches (Roth et al., CVPR 2022, arXiv 2106.08265).
+
+    .. math:: m(x, p) = \min_{q \in M} \lVert F(x, p) - q \rVert, \qquad
+              s(x) = \Bigl(1 - \frac{e^{\lVert F(x, p^*) - q^* \rVert}}{\sum_{q \in N_b(q^*)} e^{\lVert F(x, p^*) - q
+              \rVert}}\Bigr) \, m(x, p^*)
+
+    F(x, p) joins the levels of the pyramid, each averaged over 3 x 3 patches, at the finest one's resolution; M is a
+    greedy coreset of all normal patches; p* is the patch farthest from its nearest q* in M, N_b(q*) the b entries of
+    M nearest to q*, itself among them. The map is resized to the image and smoothed.
+
+    Args:
+        backbone: See SegmentationDetector.
+        weights: See SegmentationDetector.
+        coreset: Share of the normal patches to keep (0.01 to 0.25 in the paper); 1 keeps all.
+        neighbours: b; 1 leaves the score as it is, without its weight.
+        seed: Of the coreset.
+        levels: See SegmentationDetector.
+        sigma: See SegmentationDetector.
+        tile: See SegmentationDetector.
+        half_bank: See SegmentationDetector.
+        optimize: See DN2.
+        index_backend: See DN2.
+        index_memory_mb: See DN2.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        weights: str | None = None,
+        coreset: float = 0.1,
+        neighbours: int = 9,
+        seed: int = 0,
+        levels: tuple[int, ...] = (2, 3),
+        sigma: float = 4.0,
+        tile: int | None = None,
+        half_bank: bool = False,
+        optimize: Optimize = "folded",
+        index_backend: Backend = "auto",
+        index_memory_mb: int = 512,
+    ) -> None:
+        super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
+        self.save_hyperparameters()
+        if not 0 < coreset <= 1:
+            raise PandaError(f"coreset={coreset} is not a share of patches: choose a value above 0, up to 1.")
+        if neighbours < 1:
+            raise PandaError(f"neighbours={neighbours} are too few: choose 1 or more (9 in the paper's code).")
+        self.coreset = coreset
+        self.neighbours = neighbours
+        self.seed = seed
+
+    @override
+    def embed(self, batch: Batch) -> Tensor:
+        """The patches of each image, (B, h w, C)."""
+        pyramid = self.pyramid(batch["image"])
+        self._grid = max(m.shape[2:] for m in pyramid)
+        averaged = (F.avg_pool2d(m, 3, stride=1, padding=1, count_include_pad=False) for m in pyramid)
+        joined = [F.interpolate(m, size=self._grid, mode="bilinear", align_corners=False) for m in averaged]
+        return torch.cat(joined, dim=1).flatten(2).mT
+
+    @override
+    def rebuild_bank(self) -> None:
+        patches = self.normal_rows().flatten(0, 1)
+        size = max(1, round(self.coreset * len(patches)))
+        if size < len(patches):
+            rows = None
+            if self.trainer.is_global_zero:
+                chosen = greedy_coreset(patches, size, self.seed)
+                rows = torch.cat(list(on_device(self.trainer, chosen, f"Coreset of {size} patches", min(size, 100))))
+            patches = patches[self.trainer.strategy.broadcast(rows)]
+        self.bank, self.bank_step = patches, self.steps_trained
+
+    @override
+    def fit_index(self) -> int:
+        assert self.bank is not None
+        self.bank = self.bank.to(self.device)
+        return len(self.index.fit(self.bank))
+
+    @override
+    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self.bank is not None
+        patches = self.embed(batch)
+        self.check_size(patches)
+        squared, nearest = self.index.search(patches.flatten(0, 1), 1)
+        distances, nearest = (t.view(patches.shape[:2]) for t in (squared.sqrt(), nearest))
+        farthest, place = distances.max(dim=1)
+        image = torch.arange(len(patches), device=place.device)
+        patch, entry = patches[image, place], self.bank[nearest[image, place]]
+        _, around = self.index.search(entry, min(self.neighbours, len(self.bank)))
+        gaps = torch.linalg.vector_norm(self.bank[around].float() - patch.unsqueeze(1), dim=2)
+        weight = 1 - torch.exp(farthest - gaps.logsumexp(dim=1)) if gaps.shape[1] > 1 else 1.0
+        return weight * farthest, resized(distances.view(-1, *self._grid), batch["image"].shape[-1])

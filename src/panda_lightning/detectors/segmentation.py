@@ -1,0 +1,195 @@
+"""What detectors share that say where an image is anomalous: pyramids of features, maps, and their metrics."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+from typing_extensions import override
+
+from panda_lightning.backbones import Optimize
+from panda_lightning.callbacks import AnomalyMaps
+from panda_lightning.detectors.bank import BankDetector
+from panda_lightning.features import extract
+from panda_lightning.knn import Backend
+from panda_lightning.metrics import PixelHistogram, PixelMetrics
+from panda_lightning.types import Batch, PandaError
+
+
+class SegmentationDetector(BankDetector):
+    """Scores every pixel by comparing its patch of a pretrained network's feature maps with those of normal images.
+
+    A method overrides ``embed``, ``rebuild_bank``, ``fit_index`` and ``score_and_map``. Nothing is trained: ``lightning
+    test`` builds the bank, scores the test images and saves ``last.ckpt``. Maps have the size of the resized images,
+    and so have the masks that they are held against.
+
+    Args:
+        backbone: See DN2; a checkpoint of PANDA gives its adapted network.
+        weights: See DN2.
+        levels: Levels of the network's feature pyramid, 1 to 4: layer1 to layer4 of a ResNet.
+        sigma: Of the Gaussian that smooths maps, in pixels; 0 leaves them as they are.
+        tile: Cut images into squares of so many pixels, which pass the network one by one: for high resolutions.
+        half_bank: Keep the bank in float16.
+        optimize: See DN2.
+        index_backend: See DN2.
+        index_memory_mb: See DN2.
+
+    Attributes:
+        pixels: Counts of the pixels of the validation or test that runs, on this process.
+        pixel_metrics: Those of the last whole one, equal on every process; None without masks.
+        threshold: Where pixels had the best F1 in the last validation or test (oracle).
+        value_range: Least and largest value of the maps there.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        weights: str | None,
+        levels: tuple[int, ...],
+        sigma: float,
+        tile: int | None,
+        half_bank: bool,
+        optimize: Optimize,
+        index_backend: Backend,
+        index_memory_mb: int,
+    ) -> None:
+        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb)
+        self.levels = levels
+        if sigma < 0:
+            raise PandaError(f"sigma={sigma} smooths nothing: choose 0 or more pixels (4 in the papers).")
+        self.sigma = sigma
+        self.tile = tile
+        self.half_bank = half_bank
+        self.pixels = PixelHistogram()
+        self.pixel_metrics: PixelMetrics | None = None
+        self.threshold: float | None = None
+        self.value_range: tuple[float, float] | None = None
+
+    @abstractmethod
+    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores (B,) of images, and maps (B, H, W) as large as they are; higher is more anomalous."""
+
+    @override
+    def anomaly_score(self, batch: Batch) -> Tensor:
+        return self.score_and_map(batch)[0]
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        score, maps = self.score_and_map(batch)
+        return {"index": batch["index"], "score": score, "map": self._smoothed(maps)}
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        found = super().validation_step(batch, batch_idx)
+        low, high = (float(value) for value in found["map"].aminmax())
+        least, largest = self.value_range or (low, high)
+        self.value_range = (min(low, least), max(high, largest))
+        if "mask" in batch:
+            self.pixels.add(found["map"], batch["mask"])
+        return found
+
+    test_step = validation_step
+
+    def _smoothed(self, maps: Tensor) -> Tensor:
+        if not self.sigma:
+            return maps
+        radius = min(round(4 * self.sigma), maps.shape[1] - 1, maps.shape[2] - 1)
+        smooth: Tensor = gaussian_blur(maps, [2 * radius + 1] * 2, [self.sigma] * 2)
+        return smooth
+
+    # ---- features ----------------------------------------------------------------------------------------------------
+
+    def pyramid(self, images: Tensor, pooled: bool = False) -> list[Tensor]:
+        """Float32 feature maps (B, C, h, w) of images (B, 3, S, S), one a level; with ``pooled``, then (B, D)."""
+        size, tile = images.shape[-1], self.tile or images.shape[-1]
+        if size % tile:
+            raise PandaError(f"tile={tile} does not divide image_size={size}: choose a divisor.")
+        n = size // tile
+        tiles = images.view(-1, 3, n, tile, n, tile).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, tile, tile)
+        found = [f.float() for f in self.backbone.pyramid(tiles, self.levels, pooled)]
+        maps, rest = found[: len(self.levels)], found[len(self.levels) :]
+        return [*(_stitched(m, n) for m in maps), *(p.view(-1, n * n, p.shape[1]).mean(dim=1) for p in rest)]
+
+    def normal_rows(self) -> Tensor:
+        """What ``embed`` makes of the normal training images, (N, ...); says beforehand what memory it takes."""
+        loader: Any = self.data.normal_dataloader()
+        one = self.embed(self.trainer.strategy.batch_to_device(loader.dataset[0]))
+        dtype = torch.float16 if self.half_bank else torch.float32
+        size = len(loader.dataset) * one[0].numel() * dtype.itemsize
+        rank_zero_info(
+            f"{self.method}: features of {len(loader.dataset)} normal images take {size / 2**30:.2f} GiB, twice that "
+            f"while they are put together; maps {4 * self.data.image_size**2 / 2**20:.2f} MiB an image of a batch."
+        )
+        return extract(self.trainer, self.embed, loader, "Normal features", dtype)
+
+    def check_size(self, row: Tensor) -> None:
+        """Refuse images whose features (n,) are not of the form of the bank's."""
+        assert self.bank is not None
+        if row.shape[-1] != self.bank.shape[-1]:
+            raise PandaError(
+                f"image_size={self.data.image_size} is not that of the images in the checkpoint's bank: choose theirs."
+            )
+
+    # ---- metrics -----------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_callbacks(self) -> Any:
+        return [*super().configure_callbacks(), AnomalyMaps()]
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.pixels, self.value_range = PixelHistogram(), None
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self._log_pixels("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self._log_pixels("test")
+
+    def _log_pixels(self, stage: str) -> None:
+        if dist.is_available() and dist.is_initialized():
+            counts = self.pixels.counts.to(self.device)
+            dist.all_reduce(counts)
+            self.pixels.counts = counts.cpu()
+            ranges: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(ranges, self.value_range)
+            lows, highs = zip(*(r for r in ranges if r), strict=True)
+            self.value_range = (min(lows), max(highs))
+        found = self.pixel_metrics = self.pixels.metrics()
+        if found is not None:
+            self.threshold = found.threshold
+            values = {"pixel_auroc": found.auroc, "pro": found.pro, "pixel_ap": found.ap, "pixel_f1_oracle": found.f1}
+            self.log_dict({f"{stage}/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["maps"] = {"threshold": self.threshold, "range": self.value_range}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.threshold, self.value_range = checkpoint["maps"]["threshold"], checkpoint["maps"]["range"]
+
+
+def _stitched(maps: Tensor, n: int) -> Tensor:
+    """Maps (B n n, C, h, w) of tiles as maps of whole images (B, C, n h, n w)."""
+    _, channels, height, width = maps.shape
+    rows = maps.view(-1, n, n, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    return rows.reshape(-1, channels, n * height, n * width)
+
+
+def resized(maps: Tensor, size: int) -> Tensor:
+    """Maps (B, h, w) at the side of the images, (B, size, size), bilinearly."""
+    return F.interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)[:, 0]

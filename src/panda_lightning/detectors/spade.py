@@ -1,0 +1,94 @@
+"""SPADE: anomalous pixels by correspondence with the most similar normal images."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from panda_lightning.backbones import Optimize
+from panda_lightning.detectors.segmentation import SegmentationDetector, resized
+from panda_lightning.knn import Backend, KNNIndex
+from panda_lightning.types import Batch, PandaError
+
+
+class SPADE(SegmentationDetector):
+    r"""Sub-image correspondence (Cohen, Hoshen 2020, arXiv 2005.02357), the segmentation of PANDA section 4.5.
+
+    .. math:: s(x) = \frac1k \sum_{i=1}^{k} \lVert f(x) - f_i \rVert, \qquad
+              m(x, p) = G_\sigma * \frac1{|L|} \sum_{l \in L} \min_{i \le k, \, q} \lVert F_l(x, p) - F_l(x_i, q) \rVert
+
+    f are pooled features and x_i the k nearest normal images by them; F_l(x, p) is the feature of patch p at level l of
+    the network's pyramid, q runs over all patches of the k images, and levels are resized to the image before their
+    mean. Distances are Euclidean.
+
+    Args:
+        backbone: See SegmentationDetector.
+        weights: See SegmentationDetector.
+        k: Normal images to compare with (50 in the paper).
+        levels: See SegmentationDetector.
+        sigma: See SegmentationDetector.
+        tile: See SegmentationDetector.
+        half_bank: See SegmentationDetector.
+        optimize: See DN2.
+        index_backend: See DN2.
+        index_memory_mb: See DN2.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        weights: str | None = None,
+        k: int = 50,
+        levels: tuple[int, ...] = (1, 2, 3),
+        sigma: float = 4.0,
+        tile: int | None = None,
+        half_bank: bool = False,
+        optimize: Optimize = "folded",
+        index_backend: Backend = "auto",
+        index_memory_mb: int = 512,
+    ) -> None:
+        super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
+        self.save_hyperparameters()
+        if k < 1:
+            raise PandaError(f"k={k} is not a number of images: choose 1 or more (50 in the paper).")
+        self.k = k
+
+    @override
+    def embed(self, batch: Batch) -> Tensor:
+        """One row an image, (B, D + sum of C h w): its pooled features, then its maps."""
+        *maps, pooled = self.pyramid(batch["image"], pooled=True)
+        self._shapes = [m.shape[1:] for m in maps]
+        return torch.cat([pooled, *(m.flatten(1) for m in maps)], dim=1)
+
+    @override
+    def rebuild_bank(self) -> None:
+        self.bank, self.bank_step = self.normal_rows(), self.steps_trained
+
+    @override
+    def fit_index(self) -> int:
+        assert self.bank is not None
+        self.bank = self.bank.to(self.device)
+        return len(self.index.fit(self.bank[:, : self.backbone.num_features]))
+
+    @override
+    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self.bank is not None
+        rows = self.embed(batch)
+        self.check_size(rows)
+        distances, nearest = self.index.search(rows[:, : self.backbone.num_features], self.k)
+        size = batch["image"].shape[-1]
+        maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]
+        return distances.sqrt().mean(dim=1), torch.stack(maps)
+
+    def _map(self, row: Tensor, gallery: Tensor, size: int) -> Tensor:
+        """Mean over levels of each patch's distance to the nearest of the gallery's (k rows of the bank)."""
+        start, found = self.backbone.num_features, []
+        for channels, height, width in self._shapes:
+            end = start + channels * height * width
+            queries, patches = (
+                r[..., start:end].reshape(-1, channels, height * width).mT.flatten(0, 1) for r in (row, gallery)
+            )
+            index = KNNIndex(self.index.backend, self.index.memory_mb).fit(patches)
+            distances, _ = index.search(queries, 1)
+            found.append(resized(distances.sqrt().view(1, height, width), size)[0])
+            start = end
+        return torch.stack(found).mean(dim=0)

@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from panda_lightning import ImageFolder, PandaError
 
@@ -42,3 +43,20 @@ def test_layouts_that_are_none_are_refused(tmp_path, folder):
     (folder / "train/other/a.png").write_bytes((folder / "test/spot/100.png").read_bytes())
     with pytest.raises(PandaError, match="no training images of the normal class spot"):
         ImageFolder(root=str(folder), normal_class="spot").setup("fit")
+
+
+def test_masks_lie_in_ground_truth(folder):
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[:20] = 255
+    for n in range(6):
+        name = f"{n:03d}_mask.png" if n % 2 else f"{n:03d}.png"  # as in MVTec AD, or of the same name
+        (folder / "ground_truth/stripe").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(folder / "ground_truth/stripe" / name)
+    data = ImageFolder(root=str(folder), normal_class="spot", image_size=20, crop="squash")
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    assert batch["mask"].float().mean(dim=(1, 2)).tolist() == [0.0] * 7 + [0.5] * 6
+    assert batch["mask"][-1, 0].all()
+    (folder / "ground_truth/stripe/001_mask.png").unlink()
+    with pytest.warns(UserWarning, match=r"1 masks are missing.*001_mask\.png"):
+        ImageFolder(root=str(folder), normal_class="spot").setup("test")

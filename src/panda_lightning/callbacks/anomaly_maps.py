@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.loggers import WandbLogger
 from rich import get_console
 from torch import Tensor
@@ -113,33 +114,52 @@ def draw(path: Path, panels: list[Panel], value_range: tuple[float, float], thre
         value_range: Least and largest value of all maps, the ends of the colours.
         threshold: Where the second outline is drawn; None for none.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sides = [[p for p in panels if p.anomalous == anomalous] for anomalous in (True, False)]
-    rows = max(map(len, sides))
-    figure = Figure(figsize=(13, 2.2 * rows + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(rows, 6, squeeze=False)
-    for cell in grid.flat:
-        cell.set_axis_off()
+    side, gap, line, top = 208, 6, 15, 60
+    parts = [[p for p in panels if p.anomalous == anomalous] for anomalous in (True, False)]
+    wide, high = 3 * (side + gap) + 2 * gap, side + 2 * line + gap
+    picture = Image.new("RGB", (2 * wide, top + max(map(len, parts)) * high), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    notes = f"image | map from {value_range[0]:.4g} (black) to {value_range[1]:.4g} (yellow) | outlines"
+    notes += " - green: mask" * any(p.mask is not None for p in panels)
+    notes += f" - red: map at {threshold:.4g}, best F1 of pixels (oracle)" if threshold is not None else ""
+    pen.text((gap, gap), notes, "black", font)
     heads = ("Misses: lowest map within the mask first", "False alarms: highest score first")
-    for columns, side, head in zip((grid[:, :3], grid[:, 3:]), sides, heads, strict=True):
-        columns[0, 1].set_title(head, fontsize=10)
-        for (first, second, third), panel in zip(columns, side, strict=False):
-            first.imshow(panel.image)
-            first.set_title(panel.title, fontsize=7, loc="left")
-            colours = second.imshow(panel.map, cmap="inferno", vmin=value_range[0], vmax=value_range[1])
-            third.imshow(panel.image)
-            if panel.mask is not None and panel.mask.any():
-                third.contour(panel.mask, levels=[0.5], colors=["lime"], linewidths=1.2)
-            if threshold is not None and panel.map.min() < threshold <= panel.map.max():
-                third.contour(panel.map, levels=[threshold], colors=["red"], linewidths=1.0)
-    figure.colorbar(colours, ax=grid[-1].tolist(), location="bottom", shrink=0.4, aspect=50, pad=0.03, label="map")
-    notes = ["green: mask"] if any(p.mask is not None for p in panels) else []
-    notes += ["red: map at the threshold of best F1 (oracle)"] if threshold is not None else []
-    figure.suptitle("; ".join(["image, map, outlines", *notes]), fontsize=9)
-    figure.savefig(path, dpi=80)
+    for i, (part, head) in enumerate(zip(parts, heads, strict=True)):
+        pen.text((gap + i * wide, gap + 2 * line), head, "black", ImageFont.load_default(15))
+        for j, panel in enumerate(part):
+            outlined = panel.image
+            if panel.mask is not None:
+                outlined = outline(outlined, panel.mask, (0, 255, 0))
+            if threshold is not None:
+                outlined = outline(outlined, panel.map >= threshold, (255, 0, 0))
+            pen.text((gap + i * wide, top + j * high), panel.title, "black", font)
+            for n, shown in enumerate((panel.image, coloured(panel.map, value_range), outlined)):
+                cell = Image.fromarray(shown).resize((side, side))
+                picture.paste(cell, (gap + i * wide + n * (side + gap), top + j * high + 2 * line))
+    picture.save(path)
+
+
+def coloured(
+    values: npt.NDArray[np.float32], value_range: tuple[float, float], image: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Colours (H, W, 3) of a map (H, W), black to yellow over the range; over an image, half and half."""
+    from matplotlib import colormaps
+
+    low, high = value_range
+    colours = colormaps["inferno"]((values - low) / max(high - low, 1e-12), bytes=True)[..., :3]
+    mixed: npt.NDArray[np.uint8] = colours if image is None else colours // 2 + image // 2
+    return mixed
+
+
+def outline(
+    image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], colour: tuple[int, int, int]
+) -> npt.NDArray[np.uint8]:
+    """Draw the edge of a mask (H, W) on an image (H, W, 3), one part in 200 of its side wide."""
+    from scipy.ndimage import binary_erosion
+
+    width = -(-len(mask) // 200)
+    edge = mask & ~binary_erosion(mask, iterations=width, border_value=1)
+    return np.where(edge[..., None], np.array(colour, dtype=np.uint8), image)
 
 
 def log(trainer: pl.Trainer, panels: list[Panel], detector: Any) -> None:

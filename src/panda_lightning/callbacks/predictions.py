@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from panda_lightning.callbacks.anomaly_maps import coloured, outline
 from panda_lightning.features import gather
 from panda_lightning.types import Batch
 
@@ -43,7 +44,10 @@ class Predictions(pl.Callback):
                 path = self._folder / "maps" / names[row]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.save(path.with_suffix(".npy"), values)
-                overlay(image, values, pl_module.value_range, pl_module.threshold).save(path.with_suffix(".png"))
+                shown = coloured(values, pl_module.value_range or (values.min(), values.max()), image)
+                if pl_module.threshold is not None:
+                    shown = outline(shown, values >= pl_module.threshold, (255, 255, 255))
+                Image.fromarray(shown).save(path.with_suffix(".png"))
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -58,24 +62,3 @@ class Predictions(pl.Callback):
             lines.writerow(("file", *self._kinds))
             lines.writerows(zip((names[i] for i in index.tolist()), *(s.tolist() for s in scores), strict=True))
         rank_zero_info(f"Scores{' and maps' if (self._folder / 'maps').is_dir() else ''} written to {self._folder}")
-
-
-def overlay(image: Any, values: Any, value_range: tuple[float, float] | None, threshold: float | None) -> Image.Image:
-    """Lay a map over its image.
-
-    Args:
-        image: (H, W, 3) uint8.
-        values: (H, W) float.
-        value_range: Ends of the colours; None takes the map's own.
-        threshold: Whose outline is drawn white, one pixel wide; None for none.
-    """
-    from matplotlib import colormaps
-
-    low, high = value_range or (values.min(), values.max())
-    colours = colormaps["inferno"]((values - low) / max(high - low, 1e-12))[..., :3]
-    mixed = 0.5 * image / 255 + 0.5 * colours
-    if threshold is not None:
-        above = np.pad(values >= threshold, 1, mode="edge")
-        inner = above[:-2, 1:-1] & above[2:, 1:-1] & above[1:-1, :-2] & above[1:-1, 2:]
-        mixed[above[1:-1, 1:-1] & ~inner] = 1.0
-    return Image.fromarray((mixed * 255).round().astype(np.uint8))

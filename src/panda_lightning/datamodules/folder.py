@@ -14,7 +14,9 @@ class ImageFolder(AnomalyDataModule):
     """Your own images: ``root/train/<class>/...`` and ``root/test/<class>/...``, one folder a class.
 
     Classes are the sorted folder names of both splits together. ``normal_class`` may be left out where ``train`` holds
-    a single class. Files that are not images by their extension are ignored; subfolders are searched.
+    a single class. Files that are not images by their extension are ignored; subfolders are searched. A folder
+    ``root/ground_truth`` holds the masks of anomalous test images, if any, white where anomalous:
+    ``ground_truth/<class>/<name>_mask.png`` as in MVTec AD, or an image of the same name.
     """
 
     @override
@@ -32,7 +34,17 @@ class ImageFolder(AnomalyDataModule):
             raise PandaError(
                 f"there are no images in {self.root / split}: their names must end in {', '.join(IMG_EXTENSIONS)}."
             )
-        return Images(sources, np.array(targets, dtype=np.int64))
+        images = Images(sources, np.array(targets, dtype=np.int64))
+        if split == "train" or not (self.root / "ground_truth").is_dir():
+            return images
+        anomalous = self.is_anomalous(images.targets)
+        return images.with_masks([self._mask(p) if a else None for p, a in zip(sources, anomalous, strict=True)])
+
+    def _mask(self, image: Path) -> Path:
+        place = self.root / "ground_truth" / image.relative_to(self.root / "test")
+        usual = place.with_name(f"{image.stem}_mask.png")
+        same = (place.with_suffix(suffix) for suffix in (image.suffix, ".png"))
+        return next((p for p in (usual, *same) if p.is_file()), usual)
 
     def _class_folders(self, split: Split) -> dict[str, Path]:
         folder = self.root / split

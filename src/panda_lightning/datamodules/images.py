@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,15 @@ class Images:
             sources = [self.sources[i] for i in rows]
         masks = None if self.masks is None else [self.masks[i] for i in rows]
         return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
+
+    def with_masks(self, masks: Sequence[Path | None]) -> "Images":
+        """The images with their masks; without any, and with a problem, where a file of a mask is missing."""
+        missing = [str(m) for m in masks if m is not None and not m.is_file()]
+        if not missing:
+            return replace(self, masks=masks)
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        problem = f"{len(missing)} masks are missing, so only the images' labels are used: {listed}"
+        return replace(self, problems=(*self.problems, problem))
 
 
 def relative(path: Path, root: Path) -> str:

@@ -69,15 +69,8 @@ class MVTecAD(AnomalyDataModule):
         if not paths:
             raise PandaError(f"there are no images in {folder / split}: expected {folder / split}/good/000.png, ...")
         targets = np.array([self.classes.index(p.parent.name) for p in paths], dtype=np.int64)
-        if split == "train":
-            return Images(paths, targets)
-        masks = [self._mask(folder, p) for p in paths]
-        missing = [str(m) for m in masks if m is not None and not m.is_file()]
-        if not missing:
-            return Images(paths, targets, masks)
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problem = f"{len(missing)} masks are missing, so only the images' labels are used: {listed}"
-        return Images(paths, targets, problems=(problem,))
+        images = Images(paths, targets)
+        return images if split == "train" else images.with_masks([self._mask(folder, p) for p in paths])
 
     @staticmethod
     def _mask(folder: Path, image: Path) -> Path | None:

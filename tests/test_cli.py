@@ -56,6 +56,7 @@ def test_every_shipped_config_runs(config, variant, run, workdir):
         *(["--trainer.max_epochs=1"] if trains else []),
         *(["--data.outliers=images"] if name == "oe" else []),
         *(["--model.depth=10", "--model.width=1"] if name == "mhrot" else []),
+        *(["--model.backbone=panda_tiny"] if name in ("spade", "patchcore") else []),
         *(["--model.k=2"] if name == "spade" or (name, config.stem) == ("plain", "mvtec") else []),
     ]
     words = [w for w in words if name not in PIXELS or not w.startswith(("--data.image_size", "--model.backbone"))]

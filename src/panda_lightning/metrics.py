@@ -104,10 +104,9 @@ class PixelHistogram:
             regions, _ = label(masks[i].numpy(), structure=np.ones((3, 3)))
             region = torch.from_numpy(regions).long()
             weight[i] = (1 / torch.bincount(region.flatten()).double())[region]
-        count = self.counts.shape[1]
-        self.counts[0] += torch.bincount(bins[~masks], minlength=count)
-        self.counts[1] += torch.bincount(bins[masks], minlength=count)
-        self.counts[2] += torch.bincount(bins[masks], weight[masks], minlength=count)
+        one = torch.ones((), dtype=torch.float64)
+        for counts, chosen, value in zip(self.counts, (~masks, masks, masks), (one, one, weight[masks]), strict=True):
+            counts.index_add_(0, bins[chosen], value.expand(int(chosen.sum())))
 
     def _bins(self, scores: Tensor) -> Tensor:
         bits = scores.contiguous().view(torch.int32)

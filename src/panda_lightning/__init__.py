@@ -4,7 +4,7 @@ Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) 
 """
 
 from panda_lightning.backbones import Backbone
-from panda_lightning.callbacks import SampleWiseEarlyStopping
+from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.datamodules import (
     CIFAR10,
     CIFAR100,
@@ -51,5 +51,6 @@ __all__ = [
     "PandaError",
     "Pretraining",
     "SampleWiseEarlyStopping",
+    "SaveOnSignal",
     "auroc",
 ]

@@ -5,5 +5,6 @@ from panda_lightning.callbacks.media import Media
 from panda_lightning.callbacks.rebuild_index import RebuildIndex
 from panda_lightning.callbacks.report import Report
 from panda_lightning.callbacks.sample_wise_early_stopping import SampleWiseEarlyStopping
+from panda_lightning.callbacks.save_on_signal import SaveOnSignal
 
-__all__ = ["Health", "Media", "RebuildIndex", "Report", "SampleWiseEarlyStopping"]
+__all__ = ["Health", "Media", "RebuildIndex", "Report", "SampleWiseEarlyStopping", "SaveOnSignal"]

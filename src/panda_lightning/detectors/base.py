@@ -40,6 +40,7 @@ class Detector(pl.LightningModule, ABC):
     steps_trained: int = 0
     terms: tuple[str, ...] = ()
     _steps_per_epoch: int = 1
+    _steps_scored: int = 0  # steps_trained at the last validation
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class Detector(pl.LightningModule, ABC):
     def _log_auroc(self, stage: str) -> None:
         scores = self.merged_scores()
         auroc = metrics.auroc(scores.score, scores.label)
-        self.scores = scores
+        self.scores, self._steps_scored = scores, self.steps_trained
         if auroc != auroc and not self.trainer.sanity_checking:
             rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
         values = {f"{stage}/{self.auroc_name}": auroc, "epochs_trained": self.epochs_trained}
@@ -187,6 +188,13 @@ class Detector(pl.LightningModule, ABC):
     @override
     def on_train_start(self) -> None:
         self._steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
+        due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
+        if due and self.trainer.enable_validation and self.steps_trained != self._steps_scored:
+            # the checkpoint is of an epoch's last step, and Lightning takes that epoch's validation for done
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -195,12 +203,12 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["steps"] = {"trained": self.steps_trained, "per_epoch": self._steps_per_epoch}
+        steps = {"trained": self.steps_trained, "per_epoch": self._steps_per_epoch, "scored": self._steps_scored}
+        checkpoint["steps"] = steps
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.steps_trained = checkpoint["steps"]["trained"]
-        self._steps_per_epoch = checkpoint["steps"]["per_epoch"]
+        self.steps_trained, self._steps_per_epoch, self._steps_scored = checkpoint["steps"].values()
 
 
 @contextmanager

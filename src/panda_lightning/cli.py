@@ -152,6 +152,7 @@ def silence() -> None:
         ".*in eval mode at the start of training.*",  # BatchNorm keeps its pretrained statistics
         ".*does not have many workers.*",  # decoded images lie in memory
         ".*smaller than the logging interval.*",  # everything is logged by epoch
+        ".*sync_dist=True.*",  # what we log is the same on every process already
         ".*LeafSpec.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message)

@@ -49,7 +49,7 @@ class SaveOnSignal(pl.Callback):
         told = trainer.strategy.reduce_boolean_decision(self._told, all=False)  # processes hear it at different times
         if told or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             path = _folder(trainer) / "last.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             if told:
                 rank_zero_info(f"Told to end: go on with --ckpt_path {path}")
                 raise SystemExit(os.EX_TEMPFAIL if trainer.is_global_zero else 0)  # one status for any launcher

@@ -158,8 +158,15 @@ class Detector(pl.LightningModule, ABC):
         count = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
         return (values * real).sum() * self.trainer.world_size / count, count
 
+    @staticmethod
+    def real_images(batch: Batch) -> Batch:
+        """The batch without fillers (index -1), for networks whose images are not independent; it may be empty."""
+        real = batch["index"] >= 0
+        kept: Any = {key: value[real] for key, value in batch.items()}  # type: ignore[index]
+        return cast(Batch, kept)
+
     def of_all(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rows (B, ...) of all processes, fillers (index -1) left out; gradients flow back to each."""
+        """Rows (B, ...) of all processes, as many on each, fillers (index -1) left out; gradients flow back to each."""
         if self.trainer.world_size == 1:
             return rows
         everyone, places = (cast(Tensor, self.all_gather(t, sync_grads=True)).flatten(0, 1) for t in (rows, index))

@@ -50,7 +50,10 @@ LENET = {"network": "cifar10", "lr": 1e-3, "pretrain_epochs": 2, "pretrain_miles
 CASES = {
     "PANDA, SES": (2, lambda cache: panda.PANDA(**ADAPT, ewc_weight=100, fisher="ones", prefix_cache_dir=cache), {}),
     "DN2": (0, lambda cache: panda.DN2("panda_tiny", normalize=True), {}),
-    "equal features": (0, lambda cache: Table("panda_tiny"), {}),
+    "DN2, sharded": (0, lambda cache: panda.DN2("panda_tiny", normalize=True, shard_bank=True), {}),
+    "PANDA, SES, sharded": (2, lambda cache: panda.PANDA(**ADAPT, ewc_weight=100, fisher="ones", shard_bank=True), {}),
+    "equal features, sharded": (0, lambda cache: Table("panda_tiny", k=7, shard_bank=True), {}),
+    "equal features": (0, lambda cache: Table("panda_tiny", k=7), {}),
     "MSC": (2, lambda cache: panda.MSC("panda_tiny", lr=0.01), {}),
     "PANDA-OE": (2, lambda cache: panda.PANDAOE(**ADAPT), {"outliers": "others"}),
     "Deep SVDD": (4, lambda cache: panda.DeepSVDD(**LENET), {}),
@@ -81,7 +84,9 @@ def run(root, world, name, out):
     else:
         trainer.test(detector, data(root, **options), verbose=False)
     kept = {"rows": log.rows, "score": detector.scores.score, "state": detector.state_dict(), "ses": ses.score}
-    kept |= {key: getattr(detector, key, None) for key in ("bank", "centre", "radius", "steps_trained")}
+    kept |= {key: getattr(detector, key, None) for key in ("centre", "radius", "steps_trained")}
+    kept["bank"] = detector.whole_bank() if isinstance(detector, panda.DN2) else None
+    kept["part"] = len(detector.bank) if isinstance(detector, panda.DN2) else None
     if trainer.is_global_zero:
         torch.save(kept, out / f"{name}.pt")
 

@@ -74,6 +74,18 @@ def test_equal_features_give_equal_scores(outcomes, world):
     assert one["rows"][-1]["test/auroc"] == pytest.approx(many["rows"][-1]["test/auroc"], abs=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
+    for case in ("DN2", "equal features", "PANDA, SES"):  # the second with more neighbours than a part has images
+        whole, parts = (torch.load(outcomes[world] / f"{name}.pt") for name in (case, f"{case}, sharded"))
+        assert (whole["part"], parts["part"]) == (13, -(-13 // world))
+        if case != "PANDA, SES":  # its centre is added up in another order
+            assert torch.equal(whole["bank"], parts["bank"])
+            assert torch.equal(whole["score"], parts["score"])
+        assert whole["rows"][-1] == pytest.approx(parts["rows"][-1], rel=1e-5)
+
+
 # ---- as a user launches it -----------------------------------------------------------------------------------------
 
 

@@ -6,14 +6,11 @@ Normalisation and dropout see the batch of all processes together: any number of
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from typing_extensions import override
 
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from panda_lightning.processes import world_size
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -25,7 +22,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or _world() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -61,7 +58,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.share is None:
             return super().forward(x)
         batch, rank = self.share
-        kept = torch.rand((batch, *x.shape[1:]), device=x.device)[rank :: _world()][: len(x)] >= self.p
+        kept = torch.rand((batch, *x.shape[1:]), device=x.device)[rank :: world_size()][: len(x)] >= self.p
         out: Tensor = x * kept / (1 - self.p)
         return out
 

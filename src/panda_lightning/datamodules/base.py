@@ -310,6 +310,10 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Batches are then ``{"normal": Batch, "outlier": Batch}``. An epoch sees every normal image once.
         """
         normal = self._loader(self._normal_dataset(), train=True)
+        rank_zero_info(
+            f"Batches of {self.batch_size} images over all processes, {self.batch_size // self._world} on each of "
+            f"{self._world}: {len(normal)} an epoch."
+        )
         if self.outliers is None:
             return normal
         outlier = self.outlier_dataloader()

@@ -34,7 +34,7 @@ class Detector(pl.LightningModule, ABC):
         steps_trained: Optimiser steps behind the weights in use.
     """
 
-    COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir")
+    COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir", "shard_bank")
     OUTLIERS = False
     scores: Scores | None = None
     steps_trained: int = 0
@@ -87,6 +87,8 @@ class Detector(pl.LightningModule, ABC):
                 run = {
                     key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
                 }
+                if size := getattr(self.data, "batch_size", None):
+                    run |= {"batch_size": size, "batch_size_per_process": size // self.trainer.world_size}
                 logger.describe(type(self.data).__name__, self.method, run)
         return [Health(), Media(), Report()]
 

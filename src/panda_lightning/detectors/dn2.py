@@ -11,9 +11,9 @@ from typing_extensions import override
 from panda_lightning.backbones import Optimize
 from panda_lightning.callbacks import RebuildIndex
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.features import extract
-from panda_lightning.knn import Backend, KNNIndex
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.features import extract, gather
+from panda_lightning.knn import Backend, KNNIndex, ShardedIndex
+from panda_lightning.types import Batch, PandaError, Scores
 
 
 class DN2(PretrainedDetector):
@@ -36,6 +36,8 @@ class DN2(PretrainedDetector):
             frozen layers folded into convolutions), compiled (torch.compile). Scores agree to float32's rounding.
         index_backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU.
         index_memory_mb: Memory a chunk of the search may take, in MiB.
+        shard_bank: Let each process hold its own images' part of the bank and search it for all, for banks too large
+            for one device. Scores are the same.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DN2(PretrainedDetector):
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
+        shard_bank: bool = False,
     ) -> None:
         super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
@@ -57,9 +60,13 @@ class DN2(PretrainedDetector):
         self.normalize = normalize
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
+        if centroids is not None and shard_bank:
+            raise PandaError(f"centroids={centroids} make one small bank of all images: leave shard_bank out.")
         self.centroids = centroids
-        self.index = KNNIndex(index_backend, index_memory_mb)
-        self.bank: Tensor | None = None  # (N, D) float32, as the network gives them
+        self.shard_bank = shard_bank
+        self.index = (ShardedIndex if shard_bank else KNNIndex)(index_backend, index_memory_mb)
+        self.bank: Tensor | None = None  # (N, D) float32, as the network gives them; see bank_is_whole
+        self.bank_is_whole = True  # or it holds this process's images alone: rank, rank + world, ...
         self.bank_step = -1  # steps_trained when it was made
 
     def scoring_space(self, features: Tensor) -> Tensor:
@@ -74,7 +81,8 @@ class DN2(PretrainedDetector):
     def rebuild_bank(self) -> None:
         """Extract the features of all normal training images with the weights of this moment."""
         loader = self.data.normal_dataloader()
-        self.bank = extract(self.trainer, self.embed, loader, "Normal features")
+        self.bank = extract(self.trainer, self.embed, loader, "Normal features", merged=not self.shard_bank)
+        self.bank_is_whole = not self.shard_bank
         self.bank_step = self.steps_trained
 
     @property
@@ -85,6 +93,9 @@ class DN2(PretrainedDetector):
     def fit_index(self) -> int:
         """Make the bank, or its centroids, searchable on this device; returns how many there are."""
         assert self.bank is not None
+        if self.shard_bank and self.bank_is_whole:  # as it comes out of a checkpoint
+            self.bank = self.bank[self.trainer.global_rank :: self.trainer.world_size].clone()
+            self.bank_is_whole = False
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:
             from sklearn.cluster import KMeans  # slow to import
@@ -104,12 +115,61 @@ class DN2(PretrainedDetector):
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:  # a centroid is no image
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
-        if self.k >= len(self.bank):
+        if self.k >= len(self.index):
             raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
         distances, rows = self.index.search(features, self.k + 1)
-        itself = rows == torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        itself = rows == self.bank_rows().to(rows).unsqueeze(1)
         distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
-        return float(distances[:, : self.k].sum(dim=1).mean())
+        self.serve()
+        return float(self.bank_mean(distances[:, : self.k].sum(dim=1)))
+
+    # ---- a bank in parts -------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Search the part of the bank that is here for other processes, until none has images left to score."""
+        if isinstance(self.index, ShardedIndex):
+            self.index.serve()
+
+    def bank_rows(self) -> Tensor:
+        """The images' numbers in the bank that is here, (N,)."""
+        assert self.bank is not None
+        if self.bank_is_whole:
+            return torch.arange(len(self.bank))
+        return torch.arange(len(self.bank)) * self.trainer.world_size + self.trainer.global_rank
+
+    def bank_mean(self, values: Tensor) -> Tensor:
+        """Mean over all normal images of a value (N, ...) for each in the bank that is here."""
+        if self.bank_is_whole or self.trainer.world_size == 1:
+            return values.mean(dim=0)
+        total = self.trainer.strategy.reduce(values.sum(dim=0, dtype=torch.float64), reduce_op="sum")
+        mean: Tensor = total.to(values) / len(self.index)
+        return mean
+
+    def whole_bank(self) -> Tensor | None:
+        """The bank of all processes on the CPU, the same on each; every process must call it."""
+        if self.bank is None or self.bank_is_whole:
+            return None if self.bank is None else self.bank.cpu()
+        pieces = [
+            tuple(column.cpu() for column in gather([(rows, features)]))
+            for rows, features in zip(*(self._rounds(t) for t in (self.bank_rows(), self.bank)), strict=True)
+        ]
+        _, bank = gather(pieces, merged=False)
+        return bank
+
+    def _rounds(self, rows: Tensor, size: int = 4096) -> list[Tensor]:
+        """Rows (N, ...) in pieces, as many on every process, so that no device must hold all at once."""
+        count = -(-len(self.index) // (size * self.trainer.world_size))
+        return [rows[i * size : (i + 1) * size] for i in range(count)]
+
+    @override
+    def merged_scores(self) -> Scores:
+        if self._merged is None:
+            self.serve()
+        return super().merged_scores()
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self.serve()
 
     # ---- the run -------------------------------------------------------------------------------------------
 
@@ -128,10 +188,10 @@ class DN2(PretrainedDetector):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["bank"] = None if self.bank is None else self.bank.cpu()
+        checkpoint["bank"] = self.whole_bank()
         checkpoint["bank_step"] = self.bank_step
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.bank, self.bank_step = checkpoint["bank"], checkpoint["bank_step"]
+        self.bank, self.bank_step, self.bank_is_whole = checkpoint["bank"], checkpoint["bank_step"], True

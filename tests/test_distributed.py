@@ -1,7 +1,8 @@
-"""Two CPU processes (gloo) against one, each launched as a user launches it."""
+"""Two and three CPU processes (gloo) against one: every detector in tests/ranks.py; PANDA as a user launches it."""
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,90 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ranks
 from tests.conftest import fast, make_folder
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+
+
+def start(root: Path, out: Path, world: int, cases: list[str]) -> list[subprocess.Popen]:
+    """Processes as torchrun would start them."""
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    base = ENVIRONMENT | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    base |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    command = [sys.executable, "-m", "tests.ranks", str(root), str(out), *cases]
+    return [
+        subprocess.Popen(command, cwd=ROOT, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By number of processes, a folder with what came out of every case."""
+    root = ranks.images(tmp_path_factory.mktemp("ranks"))
+    folders = {world: root / f"on{world}" for world in (1, 2, 3)}
+    for world in (2, 3):
+        processes = start(root, folders[world], world, list(ranks.CASES))
+        assert [process.wait(timeout=300) for process in processes] == [0] * world
+    folders[1].mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for case in ranks.CASES:
+        ranks.run(root, 1, case, folders[1])
+    torch.set_num_threads(threads)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.parametrize("world", [2, 3])  # three: more than there are images in the last step, or batches to score
+def test_any_number_of_processes_is_one(outcomes, world, case):
+    one, many = (torch.load(outcomes[n] / f"{case}.pt", weights_only=True) for n in (1, world))
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if case in ranks.FROM_SCRATCH else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, theirs in zip(one["rows"], many["rows"], strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance["rtol"], abs=1e-9)
+    for name, value in one["state"].items():
+        torch.testing.assert_close(many["state"][name], value, **tolerance)
+    for key in ("score", "ses", "bank", "centre", "radius"):
+        if one[key] is not None:
+            scale = float(one[key].abs().max())
+            torch.testing.assert_close(many[key], one[key], rtol=tolerance["rtol"], atol=tolerance["rtol"] * scale)
+    assert one["steps_trained"] == many["steps_trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_equal_features_give_equal_scores(outcomes, world):
+    one, many = (torch.load(outcomes[n] / "equal features.pt", weights_only=True) for n in (1, world))
+    assert torch.equal(one["bank"], many["bank"])
+    assert one["rows"][-1]["test/auroc"] == pytest.approx(many["rows"][-1]["test/auroc"], abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
+    for case in ("DN2", "equal features", "PANDA, SES"):  # the second with more neighbours than a part has images
+        whole, parts = (torch.load(outcomes[world] / f"{name}.pt") for name in (case, f"{case}, sharded"))
+        assert (whole["part"], parts["part"]) == (13, -(-13 // world))
+        if case != "PANDA, SES":  # its centre is added up in another order
+            assert torch.equal(whole["bank"], parts["bank"])
+            assert torch.equal(whole["score"], parts["score"])
+        assert whole["rows"][-1] == pytest.approx(parts["rows"][-1], rel=1e-5)
+
+
+# ---- as a user launches it -----------------------------------------------------------------------------------------
 
 
 def launch(workdir: Path, name: str, words: list[str], devices: int) -> Path:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     parallel = ["--trainer.strategy=ddp"] if devices > 1 else []
     command = [sys.executable, "-m", "panda_lightning", *words, f"--trainer.devices={devices}", *parallel]
     command += [f"--trainer.logger.name={name}"]
-    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=workdir, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return workdir / "runs" / name / "version_0"
 
@@ -28,14 +104,13 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [11, 13])  # 13: the last global batch of four holds one image
-def test_two_processes_are_one(tmp_path, train):
-    folder = make_folder(tmp_path / "images", train=train)
+def test_two_processes_are_one(tmp_path):
+    folder = make_folder(tmp_path / "images", train=13)  # the last global batch of four holds one image
     words = ["fit", *fast(folder, epochs=2), "--model.grad_clip=10", "--model.ewc_weight=100"]
     caches = ([], ["--model.prefix_cache_dir=cache"])  # in memory; in files that two processes share
     one, two = (launch(tmp_path, f"on{n}", words + caches[n - 1], n) for n in (1, 2))
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert logged(one, "bank/size") == logged(two, "bank/size") == [train] * 3
+    assert logged(one, "bank/size") == logged(two, "bank/size") == [13] * 3
     for key in ("val/auroc", "train/compactness", "train/ewc", "train/loss", "train/grad_norm"):
         assert logged(one, key) == pytest.approx(logged(two, key), rel=1e-4), key
     a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (one, two))
@@ -44,27 +119,3 @@ def test_two_processes_are_one(tmp_path, train):
     for name, value in a["fisher"].items():
         torch.testing.assert_close(b["fisher"][name], value, rtol=1e-3, atol=1e-5 * float(value.max()))
     assert (a["bank_step"], a["steps"]) == (b["bank_step"], b["steps"])
-
-
-@pytest.mark.slow
-def test_two_processes_test_as_one(tmp_path):
-    folder = make_folder(tmp_path / "images", train=5, normal=4, anomalous=3)
-    words = ["test", *fast(folder, model="DN2")]
-    one, two = (launch(tmp_path, f"on{n}", words, n) for n in (1, 2))
-    assert logged(one, "test/auroc") == logged(two, "test/auroc")
-    a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["bank"] for f in (one, two))
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "words"), [("MSC", ["--model.lr=0.01"]), ("PANDAOE", ["--data.outliers=others"])])
-def test_two_processes_train_the_other_methods_as_one(tmp_path, model, words):
-    folder = make_folder(tmp_path / "images")
-    make_folder(tmp_path / "others", train=0, normal=0, anomalous=9)
-    words = ["fit", *fast(folder, model=model, epochs=2), *words]
-    one, two = (launch(tmp_path, f"on{n}", words, n) for n in (1, 2))
-    for key in ("val/auroc", "train/loss", "train/grad_norm"):
-        assert logged(one, key) == pytest.approx(logged(two, key), rel=1e-3), key
-    a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (one, two))
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5)

@@ -7,7 +7,7 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
-    {"types"},
+    {"types", "processes"},
     {"losses", "knn", "metrics", "folding", "fingerprint", "loggers", "checkpoints", "networks", "pixels"},
     {"backbones", "coreset"},
     {"features", "fisher"},

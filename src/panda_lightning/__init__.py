@@ -4,7 +4,7 @@ Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) 
 """
 
 from panda_lightning.backbones import Backbone
-from panda_lightning.callbacks import SampleWiseEarlyStopping
+from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.datamodules import (
     CIFAR10,
     CIFAR100,
@@ -64,5 +64,6 @@ __all__ = [
     "PatchCore",
     "Pretraining",
     "SampleWiseEarlyStopping",
+    "SaveOnSignal",
     "auroc",
 ]

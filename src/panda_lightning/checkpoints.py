@@ -1,11 +1,15 @@
-"""Checkpoint files: written whole or not at all, in one pass."""
+"""Checkpoint files: written whole or not at all, in one pass; a broken one is refused."""
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
+
+from panda_lightning.types import PandaError
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -21,13 +25,59 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        crc = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # half of the time, and torch.load does not look at it
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, part)
             part.replace(path)
-        finally:
-            torch.serialization.set_crc32_options(crc)
+        except (OSError, RuntimeError) as error:  # torch's writer says so where a disk is full
             part.unlink(missing_ok=True)
+            kept = newest_whole(path.parent)
+            advice = f"Make room and go on with --ckpt_path {kept}." if kept else "There is no earlier one."
+            raise PandaError(f"the checkpoint {path} could not be written ({_first_line(error)}). {advice}") from error
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        require_whole(path)
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return checkpoint
+
+
+def require_whole(path: str | Path) -> None:
+    """Refuse a checkpoint that is cut off, changed or none at all.
+
+    Raises:
+        PandaError: Naming the newest whole one of its folder.
+    """
+    path = Path(path)
+    fault = _fault(path) if path.is_file() else None
+    if fault is not None:
+        kept = newest_whole(path.parent)
+        advice = f"The newest whole one beside it is {kept}." if kept else "There is no whole one beside it."
+        raise PandaError(f"the checkpoint {path} is broken ({fault}). {advice}")
+
+
+def newest_whole(*folders: Path) -> Path | None:
+    """The newest checkpoint of these folders; a warning names those that are newer and broken."""
+    paths = [path for folder in folders for path in folder.glob("*.ckpt")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        rank_zero_warn(f"The checkpoint {path} is broken ({fault}) and passed over.")
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file as a checkpoint; None if all its checksums agree."""
+    try:
+        with ZipFile(path) as file:
+            checked = any(entry.CRC for entry in file.infolist())  # torch can be told to leave checksums out
+            bad = file.testzip() if checked else None
+    except (BadZipFile, EOFError, OSError) as error:
+        return _first_line(error)
+    return None if bad is None else f"{bad} does not agree with its checksum"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

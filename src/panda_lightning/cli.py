@@ -1,5 +1,6 @@
 """The command line: ``lightning fit | validate | test | predict --config conf/X.yaml``."""
 
+import errno
 import logging
 import sys
 import warnings
@@ -10,8 +11,10 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from panda_lightning.checkpoints import newest_whole, require_whole
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
@@ -53,9 +56,26 @@ class PandaCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.words = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
         path = self._ckpt_path
-        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).is_file():
-            raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
+        if path == "last":
+            found = newest_whole(*self._checkpoint_folders())
+            self.config[self.config.subcommand].ckpt_path = path = None if found is None else str(found)
+            rank_zero_info(f"ckpt_path=last: {path or 'there is none yet, so this run starts anew'}")
+        if path and path not in ("best", "hpc") and "://" not in path:
+            if not Path(path).is_file():
+                raise PandaError(
+                    f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt."
+                )
+            require_whole(path)
         self.asked = self.config.clone()
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """Where runs of this configuration keep their checkpoints: as ModelCheckpoint says, or in the log's folders."""
+        trainer = self.config[self.config.subcommand].trainer
+        named, logs = ([part.init_args for part in _listed(parts)] for parts in (trainer.callbacks, trainer.logger))
+        folders = [Path(args.dirpath) for args in named if args.get("dirpath")]
+        roots = [Path(args.save_dir) / (args.get("name") or "") for args in logs if args.get("save_dir")]
+        root = roots[0] if roots else Path(trainer.default_root_dir or ".") / "lightning_logs"
+        return folders or list(root.glob("version_*/checkpoints"))
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -88,6 +108,12 @@ class PandaCLI(LightningCLI):
         return None if path is None else str(path)
 
 
+def _listed(parts: Any) -> list[Any]:
+    """Loggers or callbacks of a configuration, where it may hold one, several or none, with their arguments."""
+    parts = parts if isinstance(parts, list) else [parts]
+    return [part for part in parts if hasattr(part, "init_args")]
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
@@ -113,6 +139,10 @@ def main(args: ArgsType = None) -> None:
         if not isinstance(refusal, PandaError):
             raise
         sys.exit(f"error: {refusal}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error}. Make room and go on with --ckpt_path last.")
 
 
 def silence() -> None:
@@ -124,6 +154,7 @@ def silence() -> None:
         ".*in eval mode at the start of training.*",  # BatchNorm keeps its pretrained statistics
         ".*does not have many workers.*",  # decoded images lie in memory
         ".*smaller than the logging interval.*",  # everything is logged by epoch
+        ".*sync_dist=True.*",  # what we log is the same on every process already
         ".*LeafSpec.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor
 
+from panda_lightning.processes import world_size
 from panda_lightning.types import Batch
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ def extract(
     embed: Callable[[Batch], Tensor],
     loader: Iterable[Batch],
     title: str,
+    merged: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Embed every image of a data set once, each process its share.
@@ -29,14 +31,15 @@ def extract(
         embed: Batch -> (B, ...) features.
         loader: Batches of this process; together the processes hold every index of the data set.
         title: What the progress bar says.
+        merged: Whether every process gets the features of all, or keeps those of its own images.
         dtype: Of what is kept.
 
     Returns:
-        (N, ...) on the trainer's device, row i for index i, the same on every process.
+        (N, ...) on the trainer's device, in the order of the index.
     """
     with trainer.precision_plugin.forward_context():
         parts = [(batch["index"], embed(batch).to(dtype)) for batch in on_device(trainer, loader, title)]
-    _, features = gather(parts)
+    _, features = gather(parts, merged)
     return features
 
 
@@ -57,12 +60,13 @@ def on_device(trainer: pl.Trainer, loader: Iterable[T], title: str, total: int |
             yield trainer.strategy.batch_to_device(batch)
 
 
-def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def gather(parts: Sequence[tuple[Tensor, ...]], merged: bool = True) -> tuple[Tensor, ...]:
     """Merge rows over batches and processes, in the order of their index, every index once.
 
     Args:
         parts: For each batch (index (B,), values (B, ...), ...); rows of index -1 are dropped. Processes may hold
             different numbers of rows, or none.
+        merged: False leaves out the rows of other processes.
 
     Returns:
         (index (N,), values (N, ...), ...), the same on every process.
@@ -70,7 +74,7 @@ def gather(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     columns: tuple[Tensor, ...] = (
         tuple(torch.cat(column) for column in zip(*parts, strict=True)) if len(parts) != 1 else parts[0]
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if merged and world_size() > 1:
         columns = _all_gather(columns)
     index = columns[0]
     if len(index) and index[0] >= 0 and bool((index[1:] > index[:-1]).all()):

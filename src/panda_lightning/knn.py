@@ -7,10 +7,13 @@ from importlib.util import find_spec
 from typing import Any, Literal, Self
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
+from panda_lightning.processes import of_each, world_size
 from panda_lightning.types import PandaError
 
 Backend = Literal["auto", "torch", "faiss"]
@@ -46,21 +49,23 @@ class KNNIndex:
         """
         if bank.ndim != 2 or not len(bank):
             raise PandaError(f"a bank of shape {tuple(bank.shape)} cannot be searched: give (N, D) with N > 0.")
+        return self._take(bank, bank.mean(dim=0, dtype=torch.float64))
+
+    def _take(self, bank: Tensor, mean: Tensor) -> Self:
         self._faiss = _use_faiss(self.backend, bank)
-        self._size = len(bank)
+        self._rows = len(bank)
         bank = bank.detach().float()
-        self._mean = bank.mean(dim=0)
+        self._mean = mean.float()
         self._bank = (bank - self._mean).contiguous()
         if not self._faiss:  # which computes its own norms
-            norms, missing = torch.linalg.vector_norm(self._bank, dim=1).square(), -len(bank) % self.GROUP
-            self._norms = F.pad(
-                norms, (0, missing), value=torch.inf
-            )  # whole groups; who fills them is nobody's neighbour
+            norms = torch.linalg.vector_norm(self._bank, dim=1).square()
+            missing = -len(bank) % self.GROUP  # groups are filled up with what is nobody's neighbour
+            self._norms = F.pad(norms, (0, missing), value=torch.inf)
             self._bank = F.pad(self._bank, (0, 0, 0, missing), value=1e18)
         return self
 
     def __len__(self) -> int:
-        return 0 if self._bank is None else self._size
+        return 0 if self._bank is None else self._rows
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Find the k nearest rows of the bank.
@@ -76,14 +81,15 @@ class KNNIndex:
             PandaError: If k does not fit the bank.
         """
         assert self._bank is not None, "fit comes before search"
-        if not 1 <= k <= len(self):
-            raise PandaError(
-                f"k={k} neighbours cannot be found in a bank of {len(self)} normal images: choose 1 to {len(self)}."
-            )
-        count = min(k + self.EXTRA, len(self))
-        group = self.GROUP if not self._faiss and len(self) >= self.GROUP**2 * count else 1
+        self._check(k)
+        return self._search(queries, k)
+
+    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        assert self._bank is not None
+        count = min(k + self.EXTRA, self._rows)
+        group = self.GROUP if not self._faiss and self._rows >= self.GROUP**2 * count else 1
         # a row of a chunk holds its candidates' differences and, but for faiss, its products with the bank
-        row_bytes = 4 * (2 * count * group * self._bank.shape[1] + (0 if self._faiss else 2 * len(self)))
+        row_bytes = 4 * (2 * count * group * self._bank.shape[1] + (0 if self._faiss else 2 * self._rows))
         rows = max(1, self.memory_mb * 2**20 // row_bytes)
         # differences on a CPU are taken a few rows at a time, which stay in its caches
         block = max(1, 2**20 // (count * group * self._bank.shape[1])) if self._bank.device.type == "cpu" else rows
@@ -99,6 +105,12 @@ class KNNIndex:
         if not distances:
             return queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long)
         return torch.cat(distances), torch.cat(neighbours)
+
+    def _check(self, k: int) -> None:
+        if not 1 <= k <= len(self):
+            raise PandaError(
+                f"k={k} neighbours cannot be found in a bank of {len(self)} normal images: choose 1 to {len(self)}."
+            )
 
     def _distances(self, queries: Tensor, near: Tensor) -> Tensor:
         """Squared distances of each query (B, D) to its candidates (B, count), (B, count)."""
@@ -126,6 +138,62 @@ class KNNIndex:
             found.append(torch.cat(least, dim=1).topk(count, largest=False, sorted=False).indices)
         first = torch.cat(found).unsqueeze(2) * group
         return (first + torch.arange(group, device=first.device)).flatten(1)
+
+
+class ShardedIndex(KNNIndex):
+    """The same search where each process holds a part of the bank: row i of process r is row i * world + r of it.
+
+    Each searches its part for the queries of all, and keeps of all answers the k best to its own. So all must search at
+    the same time; one that has no more queries calls ``serve``. ``fit`` and ``search`` give what KNNIndex gives.
+    """
+
+    @override
+    def fit(self, bank: Tensor) -> Self:
+        sums = torch.cat([bank.sum(dim=0, dtype=torch.float64), bank.new_tensor([len(bank)], dtype=torch.float64)])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        self._size = int(sums[-1])
+        return self._take(bank, sums[:-1] / sums[-1])
+
+    @override
+    def __len__(self) -> int:
+        return self._size
+
+    @override
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self._check(k)
+        if world_size() == 1:
+            return self._search(queries, k)
+        found = self._round(queries.detach().float(), k) if len(queries) else None
+        return found or (queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long))
+
+    def serve(self) -> None:
+        """Search for other processes until none has queries; every process calls it when it has no more."""
+        while world_size() > 1 and self._round(self._mean.new_empty(0, len(self._mean)), 0):
+            pass
+
+    def _round(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """One search of all processes; None if none has queries."""
+        world, rank = world_size(), dist.get_rank()
+        wanted = of_each(torch.tensor([len(queries), k], device=queries.device))
+        most, k = wanted.amax(dim=0).tolist()
+        if not most:
+            return None
+        padded = queries.new_zeros(most, queries.shape[1])
+        padded[: len(queries)] = queries
+        everyone = of_each(padded).flatten(0, 1)
+        distance = queries.new_full((len(everyone), k), torch.inf)
+        row = torch.zeros(distance.shape, dtype=torch.long, device=queries.device)
+        assert self._bank is not None
+        near = min(k, self._rows)
+        if near:
+            distance[:, :near], rows = self._search(everyone, near)
+            row[:, :near] = rows * world + rank
+        # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
+        answers = (of_each(t).view(world, world, most, k)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
+        distance, row = (t[: len(queries)] for t in answers)
+        best, order = distance.topk(k, largest=False, sorted=True)
+        return best, row.gather(1, order)
 
 
 def _use_faiss(backend: Backend, bank: Tensor) -> bool:

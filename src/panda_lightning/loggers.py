@@ -1,5 +1,6 @@
 """A W&B logger that never asks: without credentials it works offline."""
 
+import functools
 import netrc
 import os
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ class AutoWandbLogger(WandbLogger):
         kwargs: See WandbLogger and wandb.init.
     """
 
+    @functools.wraps(object.__new__)  # type: ignore[misc]  # so that the command line sees the arguments of __init__
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Stand aside where the package is absent."""
         if find_spec("wandb") is None:
@@ -34,6 +36,8 @@ class AutoWandbLogger(WandbLogger):
         return super().__new__(cls)
 
     def __init__(self, save_dir: str = "runs", project: str = "panda-lightning", **kwargs: Any) -> None:
+        # the command line gives every argument of wandb.init, those that were not set as None
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
         if "WANDB_MODE" not in os.environ and not kwargs.get("offline") and not _has_credentials():
             kwargs.setdefault("mode", "offline")
         # absolute, because W&B's service may have been started in another folder

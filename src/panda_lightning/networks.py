@@ -1,9 +1,66 @@
-"""Small networks that are trained from scratch: their BatchNorm learns, unlike that of a pretrained backbone."""
+"""Small networks that are trained from scratch: their BatchNorm learns, unlike that of a pretrained backbone.
+
+Normalisation and dropout see the batch of all processes together: any number of them trains the same network.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from typing_extensions import override
+
+from panda_lightning.processes import world_size
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics, while it trains, are those of the images of all processes.
+
+    torch's SyncBatchNorm does the same on GPUs alone. A process may have no images in a step. Sums are float64: one
+    process and many differ by float32's rounding.
+    """
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        sums = torch.stack([t.sum(dim=(0, 2, 3), dtype=torch.float64) for t in (torch.ones_like(x), x, x.square())])
+        count, total, squares = all_reduce(sums)  # type: ignore[no-untyped-call]
+        mean, var = total / count, squares / count - (total / count).square()
+        with torch.no_grad():
+            step = self.momentum or 0.1
+            self.running_mean.lerp_(mean.to(self.running_mean), step)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), step)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        scale = (var + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = self.weight * scale, self.weight * shift + self.bias
+        out: Tensor = x * scale.to(x)[:, None, None] + shift.to(x)[:, None, None]
+        return out
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws for the batch of all processes on each of them, which then takes the rows of its own images.
+
+    Attributes:
+        share: Images of a step over all processes, which are dealt out like cards, and this process's number; None is
+            for the images at hand alone.
+    """
+
+    share: tuple[int, int] | None = None
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.share is None:
+            return super().forward(x)
+        batch, rank = self.share
+        kept = torch.rand((batch, *x.shape[1:]), device=x.device)[rank :: world_size()][: len(x)] >= self.p
+        out: Tensor = x * kept / (1 - self.p)
+        return out
 
 
 def lenet(channels: int, size: int, widths: Sequence[int], dims: Sequence[int]) -> nn.Sequential:
@@ -42,7 +99,7 @@ def lenet_decoder(channels: int, size: int, widths: Sequence[int], dims: Sequenc
 
 
 def _norm(width: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(width, eps=1e-4, affine=False), nn.LeakyReLU(0.01)]
+    return [BatchNorm2d(width, eps=1e-4, affine=False), nn.LeakyReLU(0.01)]
 
 
 class WideResNet(nn.Module):
@@ -65,7 +122,7 @@ class WideResNet(nn.Module):
                 blocks.append(_WideBlock(inputs, outputs, 1 if block else stride, dropout))
                 inputs = outputs
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, BatchNorm2d(inputs), nn.ReLU(inplace=True)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -82,10 +139,10 @@ class _WideBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.norm1, self.norm2 = BatchNorm2d(inputs), BatchNorm2d(outputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,5 +7,15 @@ from panda_lightning.callbacks.predictions import Predictions
 from panda_lightning.callbacks.rebuild_index import RebuildIndex
 from panda_lightning.callbacks.report import Report
 from panda_lightning.callbacks.sample_wise_early_stopping import SampleWiseEarlyStopping
+from panda_lightning.callbacks.save_on_signal import SaveOnSignal
 
-__all__ = ["AnomalyMaps", "Health", "Media", "Predictions", "RebuildIndex", "Report", "SampleWiseEarlyStopping"]
+__all__ = [
+    "AnomalyMaps",
+    "Health",
+    "Media",
+    "Predictions",
+    "RebuildIndex",
+    "Report",
+    "SampleWiseEarlyStopping",
+    "SaveOnSignal",
+]

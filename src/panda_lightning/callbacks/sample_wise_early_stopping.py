@@ -60,13 +60,12 @@ class SampleWiseEarlyStopping(pl.Callback):
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
         path = _folder(trainer) / f"{detector.steps_trained:08d}.ckpt"
         adapted = {name: p.detach().cpu() for name, p in detector.backbone.adapted().items()}
+        bank = detector.whole_bank()
         if detector.steps_trained == 0:
-            one = sum(t.numel() * t.element_size() for t in (detector.bank, *adapted.values()))
+            one = sum(t.numel() * t.element_size() for t in (bank, *adapted.values()))
             times = "" if trainer.max_epochs in (None, -1) else f", {one * (trainer.max_epochs + 1) / 2**20:.0f} in all"
             rank_zero_info(f"SES keeps {one / 2**20:.1f} MiB at each validation{times}, in {path.parent}")
-        trainer.strategy.save_checkpoint(
-            {"adapted": adapted, "bank": detector.bank.cpu(), "normal_score": normal}, path
-        )
+        trainer.strategy.save_checkpoint({"adapted": adapted, "bank": bank, "normal_score": normal}, path)
 
     # ---- test and predict: the networks of all times -------------------------------------------------------------
 

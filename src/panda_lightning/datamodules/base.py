@@ -35,14 +35,9 @@ class ShardedSampler(DistributedSampler[int]):
     """
 
     def __init__(self, size: int, world: int, rank: int, shuffle: bool, seed: int = 0) -> None:
-        self.size, self.world, self.rank, self.shuffle, self.seed, self.epoch = (
-            size,
-            world,
-            rank,
-            shuffle,
-            seed,
-            0,
-        )
+        self.size, self.world, self.rank, self.shuffle, self.seed = size, world, rank, shuffle, seed
+        self.epoch = 0
+        self.skip = 0  # rows of this process to leave out at the start, see ResumableLoader
 
     def __iter__(self) -> Iterator[int]:
         order = torch.arange(self.size)
@@ -50,11 +45,41 @@ class ShardedSampler(DistributedSampler[int]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.size, generator=generator)
             order = torch.cat([order, order.new_full((-self.size % self.world,), -1)])
-        return iter(order[self.rank :: self.world].tolist())
+        return iter(order[self.rank :: self.world][self.skip :].tolist())
 
     def __len__(self) -> int:
         missing = self.size - self.rank
         return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader that goes on in the middle of an epoch: Lightning keeps its place in every checkpoint.
+
+    Batches are drawn from the sampler when the first is asked for, not when an iterator is made, since Lightning tells
+    the sampler the epoch in between.
+    """
+
+    done = 0  # batches given out in this epoch
+    resumed: tuple[int, int] = (-1, 0)  # epoch, and batches given out in it before
+
+    @override
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        epoch, done = self.resumed
+        sampler: Any = self.sampler
+        sampler.skip = done % len(self) * (self.batch_size or 1) if epoch == sampler.epoch else 0
+        self.resumed, self.done = (-1, 0), sampler.skip // (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the training images' order, the same on every process."""
+        sampler: Any = self.sampler
+        return {"epoch": sampler.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at this place, once."""
+        self.resumed = (state["epoch"], state["done"])
 
 
 class AnomalyDataModule(pl.LightningDataModule, ABC):
@@ -269,7 +294,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         workers = 0
         if dataset.pixels is None and dataset.hidden is None:
             workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
-        return DataLoader(
+        kind = ResumableLoader if train else DataLoader[Batch]
+        return kind(
             dataset,
             batch_size=self.batch_size // self._world if train else self.eval_batch_size,
             sampler=ShardedSampler(len(dataset), self._world, rank, shuffle=train, seed=self.seed),
@@ -289,6 +315,10 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Batches are then ``{"normal": Batch, "outlier": Batch}``. An epoch sees every normal image once.
         """
         normal = self._loader(self._normal_dataset(), train=True)
+        rank_zero_info(
+            f"Batches of {self.batch_size} images over all processes, {self.batch_size // self._world} on each of "
+            f"{self._world}: {len(normal)} an epoch."
+        )
         if self.outliers is None:
             return normal
         outlier = self.outlier_dataloader()
@@ -324,6 +354,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             rank_zero_info(
                 f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
             )
+            if not len(kept):
+                raise PandaError(f"data.outliers={self.outliers} holds no images besides test images: name others.")
             self._decoded("outlier", images.take(kept), np.ones(len(kept), dtype=np.bool_))
         return self._loader(self._datasets["outlier"], train=True)
 

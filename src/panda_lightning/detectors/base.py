@@ -34,12 +34,13 @@ class Detector(pl.LightningModule, ABC):
         steps_trained: Optimiser steps behind the weights in use.
     """
 
-    COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir")
+    COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir", "shard_bank")
     OUTLIERS = False
     scores: Scores | None = None
     steps_trained: int = 0
     terms: tuple[str, ...] = ()
     _steps_per_epoch: int = 1
+    _steps_scored: int = 0  # steps_trained at the last validation
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +87,8 @@ class Detector(pl.LightningModule, ABC):
                 run = {
                     key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
                 }
+                if size := getattr(self.data, "batch_size", None):
+                    run |= {"batch_size": size, "batch_size_per_process": size // self.trainer.world_size}
                 logger.describe(type(self.data).__name__, self.method, run)
         return [Health(), Media(), Report(), Predictions()]
 
@@ -138,7 +141,7 @@ class Detector(pl.LightningModule, ABC):
     def _log_auroc(self, stage: str) -> None:
         scores = self.merged_scores()
         auroc = metrics.auroc(scores.score, scores.label)
-        self.scores = scores
+        self.scores, self._steps_scored = scores, self.steps_trained
         if auroc != auroc and not self.trainer.sanity_checking:
             rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
         values = {f"{stage}/{self.auroc_name}": auroc, "epochs_trained": self.epochs_trained}
@@ -159,8 +162,15 @@ class Detector(pl.LightningModule, ABC):
         count = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
         return (values * real).sum() * self.trainer.world_size / count, count
 
+    @staticmethod
+    def real_images(batch: Batch) -> Batch:
+        """The batch without fillers (index -1), for networks whose images are not independent; it may be empty."""
+        real = batch["index"] >= 0
+        kept: Any = {key: value[real] for key, value in batch.items()}  # type: ignore[index]
+        return cast(Batch, kept)
+
     def of_all(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rows (B, ...) of all processes, fillers (index -1) left out; gradients flow back to each."""
+        """Rows (B, ...) of all processes, as many on each, fillers (index -1) left out; gradients flow back to each."""
         if self.trainer.world_size == 1:
             return rows
         everyone, places = (cast(Tensor, self.all_gather(t, sync_grads=True)).flatten(0, 1) for t in (rows, index))
@@ -189,6 +199,13 @@ class Detector(pl.LightningModule, ABC):
     @override
     def on_train_start(self) -> None:
         self._steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
+        due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
+        if due and self.trainer.enable_validation and self.steps_trained != self._steps_scored:
+            # the checkpoint is of an epoch's last step, and Lightning takes that epoch's validation for done
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -197,12 +214,12 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["steps"] = {"trained": self.steps_trained, "per_epoch": self._steps_per_epoch}
+        steps = {"trained": self.steps_trained, "per_epoch": self._steps_per_epoch, "scored": self._steps_scored}
+        checkpoint["steps"] = steps
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.steps_trained = checkpoint["steps"]["trained"]
-        self._steps_per_epoch = checkpoint["steps"]["per_epoch"]
+        self.steps_trained, self._steps_per_epoch, self._steps_scored = checkpoint["steps"].values()
 
 
 @contextmanager

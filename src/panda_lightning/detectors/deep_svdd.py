@@ -115,7 +115,8 @@ class DeepSVDD(Detector):
         assert self.range is not None
         images = batch["image"] if self.channels == 3 else batch["image"].float().mean(dim=1, keepdim=True)
         low, high = self.range
-        return (pixels.contrast_normalize(images) - low) / (high - low)
+        scaled = (pixels.contrast_normalize(images) - low) / (high - low)
+        return scaled.to(next(self.encoder.parameters()).dtype)
 
     def embed(self, batch: Batch) -> Tensor:
         """Representations (B, D)."""
@@ -142,6 +143,7 @@ class DeepSVDD(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = self.real_images(batch)
         index = batch["index"]
         if self.centre is None:
             loss, count = self.batch_mean(self.reconstruction_error(batch), index)
@@ -149,9 +151,12 @@ class DeepSVDD(Detector):
         distance = self.distance(batch)
         if self.boundary == "soft":
             if self.current_epoch >= self.pretrain_epochs + self.warm_up:
-                self.radius = torch.quantile(self.of_all(distance.detach(), index).sqrt(), 1 - self.nu)
+                _, everyone = gather([(index, distance.detach())])
+                self.radius = torch.quantile(everyone.sqrt().to(self.device), 1 - self.nu)
             distance = losses.soft_boundary(distance, self.radius, self.nu)
         loss, count = self.batch_mean(distance, index)
+        if self.trainer.world_size > 1:  # DDP waits for a gradient of every parameter
+            loss = loss + 0 * torch.stack([p.sum() for p in self.decoder.parameters()]).sum()
         return self.logged_sum({"deep_svdd": loss}, count)
 
     @override
@@ -162,7 +167,9 @@ class DeepSVDD(Detector):
             self.encoder.train()
             centre = outputs.mean(dim=0)
             self.centre = torch.where(centre.abs() < 0.1, torch.where(centre < 0, -0.1, 0.1), centre)
-            self.trainer.optimizers[0].state.clear()  # the second phase has an Adam of its own
+            optimizer = self.trainer.optimizers[0]  # the second phase has an Adam of its own
+            optimizer.state.clear()
+            optimizer.param_groups[0]["params"] = list(self.encoder.parameters())
             rank_zero_info(f"Deep SVDD: the encoder is pretrained, its centre is set after {self.current_epoch} epochs")
 
     @override
@@ -186,7 +193,8 @@ class DeepSVDD(Detector):
             late = self.pretrain_milestone if pretraining else self.pretrain_epochs + self.milestone
             return 0.1 if epoch >= late else 1.0
 
-        optimizer = Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        learning = self if self.centre is None else self.encoder
+        optimizer = Adam(learning.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         return [optimizer], [LambdaLR(optimizer, factor)]
 
     @override

@@ -32,6 +32,8 @@ class DN2(BankDetector):
             frozen layers folded into convolutions), compiled (torch.compile). Scores agree to float32's rounding.
         index_backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU.
         index_memory_mb: Memory a chunk of the search may take, in MiB.
+        shard_bank: Let each process hold its own images' part of the bank and search it for all, for banks too large
+            for one device. Scores are the same.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class DN2(BankDetector):
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
+        shard_bank: bool = False,
     ) -> None:
-        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb)
+        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb, shard_bank)
         self.save_hyperparameters()
         if k < 1:
             raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
@@ -53,6 +56,8 @@ class DN2(BankDetector):
         self.normalize = normalize
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
+        if centroids is not None and shard_bank:
+            raise PandaError(f"centroids={centroids} make one small bank of all images: leave shard_bank out.")
         self.centroids = centroids
 
     def scoring_space(self, features: Tensor) -> Tensor:
@@ -67,12 +72,14 @@ class DN2(BankDetector):
     @override
     def rebuild_bank(self) -> None:
         loader = self.data.normal_dataloader()
-        self.bank = extract(self.trainer, self.embed, loader, "Normal features")
+        self.bank = extract(self.trainer, self.embed, loader, "Normal features", merged=not self.shard_bank)
+        self.bank_is_whole = not self.shard_bank
         self.bank_step = self.steps_trained
 
     @override
     def fit_index(self) -> int:
         assert self.bank is not None
+        self.keep_own_part()
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:
             from sklearn.cluster import KMeans  # slow to import
@@ -92,12 +99,13 @@ class DN2(BankDetector):
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:  # a centroid is no image
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
-        if self.k >= len(self.bank):
+        if self.k >= len(self.index):
             raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
         distances, rows = self.index.search(features, self.k + 1)
-        itself = rows == torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        itself = rows == self.bank_rows().to(rows).unsqueeze(1)
         distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
-        return float(distances[:, : self.k].sum(dim=1).mean())
+        self.serve()
+        return float(self.bank_mean(distances[:, : self.k].sum(dim=1)))
 
     @override
     def setup(self, stage: str) -> None:

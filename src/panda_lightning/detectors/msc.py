@@ -43,6 +43,7 @@ class MSC(PANDA):
         optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
+        shard_bank: See DN2.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class MSC(PANDA):
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
+        shard_bank: bool = False,
     ) -> None:
         super().__init__(
             backbone, weights, adapt_stages, k, True, centroids, True, 0.0, "auto", lr, momentum, weight_decay,
             grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir, optimize, index_backend, index_memory_mb,
+            shard_bank,
         )  # fmt: skip
         self.temperature = temperature
         self.angular = angular

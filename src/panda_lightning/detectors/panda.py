@@ -52,6 +52,7 @@ class PANDA(DN2):
         optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
+        shard_bank: See DN2.
     """
 
     def __init__(
@@ -75,8 +76,11 @@ class PANDA(DN2):
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: int = 512,
+        shard_bank: bool = False,
     ) -> None:
-        super().__init__(backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb)
+        super().__init__(
+            backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb, shard_bank
+        )
         self.adapt(
             adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
         )
@@ -153,8 +157,9 @@ class PANDA(DN2):
         if self.centre is None:
             if not self.bank_is_fresh:  # validation, which makes it, was switched off
                 self.rebuild_bank()
+                self.fit_index()
             assert self.bank is not None
-            self.centre = self.loss_space(self.bank).mean(dim=0)
+            self.centre = self.bank_mean(self.loss_space(self.bank))
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
             if self.ewc_weight and not self.fisher:
                 self.fisher = self._estimated_fisher()

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from panda_lightning import pixels
 from panda_lightning.detectors.base import Detector
-from panda_lightning.networks import WideResNet
+from panda_lightning.networks import Dropout, WideResNet
 from panda_lightning.types import Batch
 
 HEADS = {"rotation": 4, "x_shift": 3, "y_shift": 3}
@@ -74,6 +74,7 @@ class MultiHeadRotNet(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = self.real_images(batch)
         draws = self.draws(batch, pixels.CROP_DRAWS + len(HEADS))
         torch.manual_seed(self.steps_trained)  # dropout, also after a resume
         images = pixels.crop_and_flip(batch["image"], draws[:, : pixels.CROP_DRAWS], padding=4)
@@ -84,6 +85,12 @@ class MultiHeadRotNet(Detector):
             errors = F.cross_entropy(head, true, reduction="none") / len(HEADS)
             terms[name], count = self.batch_mean(errors, batch["index"])
         return self.logged_sum(terms, count)
+
+    @override
+    def on_fit_start(self) -> None:
+        for module in self.network.modules():
+            if isinstance(module, Dropout):
+                module.share = (self.data.batch_size, self.trainer.global_rank)
 
     @override
     def configure_optimizers(self) -> Any:

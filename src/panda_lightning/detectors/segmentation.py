@@ -4,7 +4,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from panda_lightning.detectors.bank import BankDetector
 from panda_lightning.features import extract
 from panda_lightning.knn import Backend
 from panda_lightning.metrics import PixelHistogram, PixelMetrics
+from panda_lightning.processes import of_each, world_size
 from panda_lightning.types import Batch, PandaError
 
 
@@ -124,7 +124,7 @@ class SegmentationDetector(BankDetector):
             f"{self.method}: features of {len(loader.dataset)} normal images take {size / 2**30:.2f} GiB, twice that "
             f"while they are put together; maps {4 * self.data.image_size**2 / 2**20:.2f} MiB an image of a batch."
         )
-        return extract(self.trainer, self.embed, loader, "Normal features", dtype)
+        return extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
 
     def check_size(self, row: Tensor) -> None:
         """Refuse images whose features (n,) are not of the form of the bank's."""
@@ -158,14 +158,10 @@ class SegmentationDetector(BankDetector):
         self._log_pixels("test")
 
     def _log_pixels(self, stage: str) -> None:
-        if dist.is_available() and dist.is_initialized():
-            counts = self.pixels.counts.to(self.device)
-            dist.all_reduce(counts)
-            self.pixels.counts = counts.cpu()
-            ranges: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(ranges, self.value_range)
-            lows, highs = zip(*(r for r in ranges if r), strict=True)
-            self.value_range = (min(lows), max(highs))
+        if world_size() > 1:
+            self.pixels.counts = self.trainer.strategy.reduce(self.pixels.counts.to(self.device), reduce_op="sum").cpu()
+            low, high = of_each(torch.tensor(self.value_range or (torch.inf, -torch.inf), device=self.device)).T
+            self.value_range = (float(low.min()), float(high.max()))
         found = self.pixel_metrics = self.pixels.metrics()
         if found is not None:
             self.threshold = found.threshold

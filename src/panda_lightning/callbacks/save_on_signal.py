@@ -1,0 +1,61 @@
+"""Checkpoints in the midst of an epoch: when the run is told to end, and every so many steps."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
+
+from panda_lightning.types import Batch, PandaError
+
+
+class SaveOnSignal(pl.Callback):
+    """Ends a run that gets SIGUSR1 or SIGTERM after the training step of the moment, with a checkpoint.
+
+    It is written beside the other checkpoints as ``last.ckpt``, the exit status is 75 ("try again later"), and
+    ``--ckpt_path last`` goes on with the very next batch. A signal during validation is heeded one step later; before
+    training has begun it ends the process at once. Lightning's own handlers are replaced: that for Slurm saves wherever
+    it finds each process, also in the midst of a step, and that of SIGTERM talks to the other processes from there.
+
+    Args:
+        every_n_steps: Write that checkpoint every so many optimiser steps too, for runs that are killed without a
+            word; None does not. The last step of an epoch is left to the epoch's own checkpoint.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise PandaError(f"every_n_steps={every_n_steps} is no number of steps: choose 1 or more, or null.")
+        self.every_n_steps = every_n_steps
+        self._told = False
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # in place of Lightning's, which puts back what was before
+            signal.signal(number, self._hear)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch:
+            return
+        told = trainer.strategy.reduce_boolean_decision(self._told, all=False)  # processes hear it at different times
+        if told or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            path = _folder(trainer) / "last.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)
+            if told:
+                rank_zero_info(f"Told to end: go on with --ckpt_path {path}")
+                raise SystemExit(os.EX_TEMPFAIL if trainer.is_global_zero else 0)  # one status for any launcher
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    """Where the checkpoints are."""
+    own = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")

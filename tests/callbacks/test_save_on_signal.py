@@ -1,0 +1,121 @@
+import os
+import signal
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from panda_lightning import PANDA, PANDAOE, ImageFolder, PandaError, SaveOnSignal
+from tests.conftest import make_folder
+
+
+class Seen(pl.Callback):
+    """The images of each step and the AUROC of each validation; does ``act`` at one step."""
+
+    def __init__(self, step=None, act=None):
+        self.step, self.act = step, act
+        self.steps, self.aurocs = {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        parts = batch.values() if "normal" in batch else [batch]
+        self.steps[trainer.global_step] = [part["index"].tolist() for part in parts]
+        if trainer.global_step == self.step:
+            self.act()
+
+    def on_validation_end(self, trainer, pl_module):
+        self.aurocs[pl_module.steps_trained] = float(trainer.callback_metrics["val/auroc"])
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed():
+    raise KilledError
+
+
+def fit(tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, **options):
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        default_root_dir=tmp_path, num_sanity_val_steps=0, callbacks=list(callbacks), enable_checkpointing=any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ),
+    )  # fmt: skip
+    data = ImageFolder(
+        root=str(folder), image_size=32, crop="squash", batch_size=2, normal_class="spot",
+        outliers=str(folder.parent / "others") if oe else None, **options,
+    )  # fmt: skip
+    pl.seed_everything(0, verbose=False)
+    detector = PANDAOE("panda_tiny", grad_clip=1.0) if oe else PANDA("panda_tiny", grad_clip=1.0, lr=0.1)
+    trainer.fit(detector, data, ckpt_path=ckpt_path)
+    return detector
+
+
+def same(one, two):
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Images, and a run on them that nothing happens to: 3 epochs of 6 steps."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    folder, whole = make_folder(tmp_path / "images"), Seen()
+    return folder, whole, fit(tmp_path, folder, whole)
+
+
+@pytest.mark.parametrize(("outliers", "on_disk"), [(0, False), (3, True), (14, False)])  # fewer or more than normal
+def test_a_signal_and_a_resume_are_the_undisturbed_run(tmp_path, folder, outliers, on_disk):
+    make_folder(tmp_path / "others", train=0, normal=0, anomalous=6 + outliers)  # six are the test images
+    options = {"oe": outliers > 0} | ({"memory_gb": 0, "num_workers": 1} if on_disk else {})
+    whole, part, rest = Seen(), Seen(8, lambda: os.kill(os.getpid(), signal.SIGUSR1)), Seen()
+    detector = fit(tmp_path, folder, whole, **options)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as status:
+        fit(tmp_path, folder, part, SaveOnSignal(), **options)  # 6 steps an epoch: the second step of the second
+    assert status.value.code == os.EX_TEMPFAIL
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = fit(tmp_path, folder, rest, SaveOnSignal(), ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
+    assert list(part.steps) == list(range(1, 9))
+    assert part.steps | rest.steps == whole.steps
+    assert not part.steps.keys() & rest.steps.keys()
+    assert part.aurocs | rest.aurocs == whole.aurocs
+    same(detector, resumed)
+
+
+@pytest.mark.parametrize("step", [1, 5, 13])  # 6 and 12 are left to the epochs' checkpoints
+def test_a_death_and_a_resume_are_the_undisturbed_run(tmp_path, undisturbed, step):
+    def save():
+        return ModelCheckpoint(tmp_path / "checkpoints", filename="last", enable_version_counter=False)
+
+    (folder, whole, detector), rest = undisturbed, Seen()
+    with pytest.raises(KilledError):
+        fit(tmp_path, folder, Seen(step + 1, killed), SaveOnSignal(every_n_steps=1), save())
+    path = tmp_path / "checkpoints/last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == step
+    resumed = fit(tmp_path, folder, rest, SaveOnSignal(every_n_steps=1), save(), ckpt_path=path)
+    assert rest.steps == {n: rows for n, rows in whole.steps.items() if n > step}
+    assert rest.aurocs == {n: auroc for n, auroc in whole.aurocs.items() if n > step}
+    same(detector, resumed)
+
+
+@pytest.mark.parametrize("step", [6, 18])
+def test_lightnings_own_checkpoint_of_an_epochs_last_step_is_validated_after_a_resume(tmp_path, undisturbed, step):
+    def save():
+        return ModelCheckpoint(tmp_path / "checkpoints", filename="step", every_n_train_steps=6, save_top_k=1)
+
+    (folder, whole, detector), part, rest = undisturbed, Seen(), Seen()
+    part.on_validation_start = lambda trainer, pl_module: killed() if pl_module.steps_trained == step else None
+    with pytest.raises(KilledError):
+        fit(tmp_path, folder, part, save())
+    path = next((tmp_path / "checkpoints").iterdir())
+    assert torch.load(path, weights_only=True)["global_step"] == step
+    resumed = fit(tmp_path, folder, rest, ckpt_path=path)
+    assert part.aurocs | rest.aurocs == whole.aurocs
+    same(detector, resumed)
+
+
+def test_no_number_of_steps_is_refused():
+    with pytest.raises(PandaError, match="every_n_steps=0 is no number of steps: choose 1 or more, or null"):
+        SaveOnSignal(every_n_steps=0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from curve import fit
 
 from panda_lightning import CIFAR10, PANDA, Digits, ImageFolder
+from panda_lightning.backbones import BUNDLED
 
 MOBILENET = "local-dir:../shared/weights/mobilenetv2_100.in1k"
 CIFAR = {"image_size": 112, "crop": "squash", "train_limit": 1500, "test_limit": 1000}
@@ -39,6 +40,8 @@ def run(setting, out, variant, epochs=30):
     kind, arguments, backbone = SETTINGS[setting]
     options = {"ewc_weight": float(weight or 0), "fisher": {"target": "auto", "none": "ones"}.get(source, source)}
     options |= {"grad_clip": 1e-2, "normalize": setting != "cats", "prefix_cache_dir": "data/cache"}
+    if source == "target" and (BUNDLED / backbone).is_dir():  # a diagonal beside the weights would be taken
+        options["weights"] = str(BUNDLED / backbone / "model.safetensors")
     data = kind(**arguments) if kind is Digits else kind(**{"root": "data", **arguments})
     rows = fit(PANDA(backbone, **options), data, epochs)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,23 +23,24 @@ from panda_lightning.backbones import BUNDLED
 MOBILENET = "local-dir:../shared/weights/mobilenetv2_100.in1k"
 CIFAR = {"image_size": 112, "crop": "squash", "train_limit": 1500, "test_limit": 1000}
 CATS = {"image_size": 160, "crop": "squash"}  # data made by link_cats_vs_dogs.py
-SETTINGS = {  # data module, its arguments, backbone
-    "cats": (ImageFolder, {"root": "data/cats_vs_dogs_small", "normal_class": "cat", **CATS}, MOBILENET),
-    "airplane": (CIFAR10, {"normal_class": "airplane", **CIFAR}, MOBILENET),
-    "bird": (CIFAR10, {"normal_class": "bird", **CIFAR}, MOBILENET),
-    "digits": (Digits, {"normal_class": 8, "image_size": 64, "crop": "squash", "batch_size": 8}, "panda_tiny"),
+DIGITS = {"image_size": 64, "crop": "squash", "batch_size": 8}
+SETTINGS = {  # data module, its arguments, backbone, epochs, grad_clip
+    "cats": (ImageFolder, {"root": "data/cats_vs_dogs_small", "normal_class": "cat", **CATS}, MOBILENET, 30, 1e-2),
+    "airplane": (CIFAR10, {"normal_class": "airplane", **CIFAR}, MOBILENET, 30, 1e-2),
+    "bird": (CIFAR10, {"normal_class": "bird", **CIFAR}, MOBILENET, 30, 1e-2),
+    "digits": (Digits, {"normal_class": 9, **DIGITS}, "panda_tiny", 60, 1.0),
 }
 
 
-def run(setting, out, variant, epochs=30):
+def run(setting, out, variant):
     """Fit once, write the curve."""
     source, _, weight = variant.partition(":")
     path = Path(out) / f"{setting}-{Path(source).stem}{weight and f'-{weight}'}.json"
     if path.is_file():
         return
-    kind, arguments, backbone = SETTINGS[setting]
+    kind, arguments, backbone, epochs, clip = SETTINGS[setting]
     options = {"ewc_weight": float(weight or 0), "fisher": {"target": "auto", "none": "ones"}.get(source, source)}
-    options |= {"grad_clip": 1e-2, "normalize": setting != "cats", "prefix_cache_dir": "data/cache"}
+    options |= {"grad_clip": clip, "normalize": kind is CIFAR10, "prefix_cache_dir": "data/cache"}
     if source == "target" and (BUNDLED / backbone).is_dir():  # a diagonal beside the weights would be taken
         options["weights"] = str(BUNDLED / backbone / "model.safetensors")
     data = kind(**arguments) if kind is Digits else kind(**{"root": "data", **arguments})
@@ -48,25 +49,38 @@ def run(setting, out, variant, epochs=30):
     path.write_text(json.dumps({"setting": setting, "variant": variant, "rows": rows}, indent=0) + "\n")
 
 
+NAMES = {"none": "no EWC", "ones": "Fisher = 1", "target": "target images"}  # others: the pretraining task
+COLOURS = {"none": "Greys", "ones": "Blues", "target": "Oranges"}  # others: Greens
+
+
 def draw(out):
-    """One panel a setting."""
+    """One panel a setting, and a table."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    found = [json.loads(path.read_text()) for path in sorted(Path(out).glob("*.json"))]
-    settings = [name for name in SETTINGS if any(f["setting"] == name for f in found)]
-    figure = Figure(figsize=(5 * len(settings), 4.2), layout="constrained")
-    print("| data | variant | AUROC at 0 | best | last | distance from start |\n|---|---|---|---|---|---|")
+    found = [json.loads(path.read_text()) for path in Path(out).glob("*.json")]
+    for one in found:
+        source, _, weight = one["variant"].partition(":")
+        one["source"], one["weight"] = source, float(weight or 0)
+        one["name"] = f"{NAMES.get(source, 'pretraining task')}{weight and f', {weight}'}"
+    found.sort(key=lambda one: (list(NAMES).index(one["source"]) if one["source"] in NAMES else 9, one["weight"]))
+    settings = [name for name in SETTINGS if any(one["setting"] == name for one in found)]
+    figure = Figure(figsize=(4.6 * len(settings), 4.2), layout="constrained")
+    print("| data | Fisher, lambda | AUROC at 0 | best epoch (oracle) | last | compactness | EWC / lambda |")
+    print("|---|---|---|---|---|---|---|")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
-        for one in (f for f in found if f["setting"] == setting):
-            rows, name = one["rows"], one["variant"]
-            source, _, weight = name.partition(":")
-            style = {"none": "k-", "ones": ":", "target": "--"}.get(source, "-")
-            label = f"{Path(source).stem} {weight}".strip()
-            axes.plot([r["epoch"] for r in rows], [r["auroc"] for r in rows], style, label=label)
-            aurocs = [r["auroc"] for r in rows]
-            moved = rows[-1].get("train/distance_from_start", 0.0)
-            print(f"| {setting} | {label} | {aurocs[0]:.4f} | {max(aurocs):.4f} | {aurocs[-1]:.4f} | {moved:.3g} |")
-        axes.set(title=setting, xlabel="epochs, with steps ten times the published ones", ylabel="AUROC")
+        here = [one for one in found if one["setting"] == setting]
+        for one in here:
+            family = [other["weight"] for other in here if other["source"] == one["source"]]
+            shade = 1 - 0.6 * family.index(one["weight"]) / len(family)  # light: large lambda
+            aurocs = [row["auroc"] for row in one["rows"]]
+            colour = colormaps[COLOURS.get(one["source"], "Greens")](shade)
+            axes.plot([row["epoch"] for row in one["rows"]], aurocs, color=colour, label=one["name"])
+            last = one["rows"][-1]
+            term = f"{last['train/ewc'] / one['weight']:.2g}" if one["weight"] else ""
+            numbers = f"{aurocs[0]:.4f} | {max(aurocs):.4f} | {aurocs[-1]:.4f} | {last['train/compactness']:.3f}"
+            print(f"| {setting} | {one['name']} | {numbers} | {term} |")
+        axes.set(title=setting, xlabel="epochs", ylabel="AUROC")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(Path(out) / "ewc.png", dpi=100)

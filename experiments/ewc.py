@@ -7,8 +7,8 @@ SETTING is one of SETTINGS below. A variant is `none`, or SOURCE:LAMBDA with SOU
     ones      L2 towards the start weights
     target    Fisher diagonal of the normal training images, labels drawn from the classifier (`fisher: auto`)
     FILE      a diagonal made by `panda fisher`, of the pretraining task
-Steps on MobileNetV2 are ten times as long as published (grad_clip 1e-2), so 30 epochs go as far as 300; those on the bundled
-network, whose gradients are small, are hardly clipped (1).
+Steps on MobileNetV2 are ten times as long as published (grad_clip 1e-2), so 30 epochs go as far as 300; those on the
+bundled network, whose gradients are small, are hardly clipped (1).
 """
 
 import json

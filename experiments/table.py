@@ -10,6 +10,8 @@ from statistics import mean
 
 import yaml
 
+KEYS = ("val/auroc", "test/auroc", "test/auroc_oracle")
+
 
 def main(runs: Path) -> None:
     """Print one row a run, in the order they were made, and the means."""
@@ -22,13 +24,13 @@ def main(runs: Path) -> None:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         model, data = config["model"], config["data"]
         with (folder / "metrics.csv").open() as file:
-            rows = [
-                (float(row["epochs_trained"]), float(row.get("val/auroc") or row["test/auroc"]))
-                for row in csv.DictReader(file)
-                if row.get("val/auroc") or row.get("test/auroc")
-            ]
+            table = list(csv.DictReader(file))
+        key = next((k for k in KEYS if any(row.get(k) for row in table)), None)
+        if key is None:
+            continue
+        rows = [(float(row["epochs_trained"]), float(row[key])) for row in table if row.get(key)]
         first, last = rows[0], rows[-1]
-        method = model["class_path"].split(".")[-1]
+        method = model["class_path"].split(".")[-1] + (" (oracle)" if key.endswith("oracle") else "")
         if method == "PANDA":
             method += " (EWC)" if model["init_args"]["ewc_weight"] else " (Early)"
         dataset = data["class_path"].split(".")[-1]

@@ -1,15 +1,18 @@
 """The command line as a user calls it, in this process."""
 
 import csv
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from panda_lightning.datamodules.mvtec import CATEGORIES
 from tests.conftest import fast, make_folder
 from tests.datamodules import official
 
@@ -138,6 +141,42 @@ def test_variants_give_the_published_values_and_nothing_leaks(config, run, workd
         assert merged["trainer"] | {"callbacks": None} == trainer | {"callbacks": None}, variant.stem
 
 
+CLASSES = {  # normal classes of a published table; DIOR's 19 are known once its crops are there
+    "cifar10": [str(n) for n in range(10)],
+    "cifar100": [str(n) for n in range(20)],
+    "fashion_mnist": [str(n) for n in range(10)],
+    "cats_vs_dogs": ["cat", "dog"],
+    "dior": [str(n) for n in range(19)],
+    "hyper_kvasir": ["normal"],
+    "mvtec": list(CATEGORIES),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_the_published_commands_are_the_papers_settings(name, method, run, capsys, monkeypatch):
+    """The commands that experiments/published/run.sh gives: all classes, and the effective values of the first."""
+    assert {path.stem for path in (ROOT / "experiments/published").glob("*.yaml")} == set(CLASSES)
+    monkeypatch.chdir(ROOT)
+    script = subprocess.run(
+        ["experiments/published/run.sh", name, method, "--data.root=D"],
+        env=os.environ | {"LAUNCH": "echo"}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    commands = [shlex.split(line) for line in script.stdout.splitlines()]
+    assert [words[-2] for words in commands] == CLASSES[name]
+    assert {words[0] for words in commands} == {"test" if method in FREE else "fit"}
+    merged = printed(run, capsys, *commands[0][1:])
+    epochs, batch, size, published = PUBLISHED[method]
+    arguments = {"class": merged["model"]["class_path"].split(".")[-1], **merged["model"]["init_args"]}
+    assert {key: arguments[key] for key in published} == published
+    assert arguments.get("backbone", "resnet152.tv_in1k") == "resnet152.tv_in1k"
+    data = merged["data"]["init_args"]
+    crop = "squash" if size else "center"
+    assert (data["root"], data["image_size"], data["crop"], data["batch_size"]) == ("D", size or 224, crop, batch or 32)
+    assert data["category" if name == "mvtec" else "normal_class"] in (CLASSES[name][0], 0)
+    assert merged["trainer"]["max_epochs"] == (epochs or 50)
+
+
 def test_the_published_data_settings_are_the_defaults(run, workdir, capsys):
     data = printed(run, capsys, f"--config={ROOT}/conf/cifar10.yaml")["data"]["init_args"]
     assert (data["image_size"], data["crop"], data["resize"], data["batch_size"]) == (224, "center", None, 32)
@@ -263,7 +302,13 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
 
 # ---- the documentation ----
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md")), *ROOT.glob("*/*.yaml"), *VARIANTS]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "experiments").glob("*.md")),
+    *sorted((ROOT / "experiments/published").glob("*.yaml")),
+    *ROOT.glob("*/*.yaml"),
+    *VARIANTS,
+]
 COMMANDS = sorted(
     {
         match.group().split("  #")[0].split("`")[0].strip()

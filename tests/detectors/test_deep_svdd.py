@@ -109,13 +109,23 @@ def test_what_does_not_fit_is_said(folder, tmp_path):
         trainer(tmp_path, epochs=1).fit(DeepSVDD(), data(folder))
 
 
-def test_collapse_to_a_point_is_an_alarm(folder, tmp_path):
-    detector = DeepSVDD(pretrain_epochs=0)
+@pytest.mark.parametrize(
+    ("place", "spread", "alarm"),
+    [
+        (0.0, 0.0, "same anomaly score"),  # far from the centre, all at one place
+        (0.0, 1e-6, "same anomaly score"),
+        (1.0, 1e-4, "collapsed to a point"),  # all at the centre, where scores still differ by large factors
+        (1.0, 1e-1, None),
+    ],
+)
+def test_collapse_to_a_point_is_an_alarm(folder, tmp_path, recwarn, place, spread, alarm):
+    class Collapsed(DeepSVDD):
+        def distance(self, batch):
+            offset = torch.randn(len(batch["image"]), 128) * spread
+            representation = (place + offset) * self.centre + 0 * super().embed(batch)
+            return (representation - self.centre).square().sum(dim=1)
 
-    def collapse(*_):
-        for p in detector.encoder.parameters():
-            p.data.zero_()
-
-    detector.on_validation_start = collapse
-    with pytest.warns(UserWarning, match="same anomaly score"):
-        trainer(tmp_path, epochs=1).fit(detector, data(folder))
+    trainer(tmp_path, epochs=1).fit(Collapsed(pretrain_epochs=0), data(folder))
+    said = [str(w.message) for w in recwarn if "collapsed" in str(w.message)]
+    assert len(said) == (alarm is not None)
+    assert alarm is None or alarm in said[0]

@@ -12,7 +12,7 @@ from panda_lightning.types import Batch, PandaError
 
 
 class Health(pl.Callback):
-    """Ends training at a NaN or infinite loss, and warns of constant scores.
+    """Ends training at a NaN or infinite loss, and warns of scores that are constant to five digits.
 
     The loss is looked at after every step on a CPU; on a GPU, where that would wait for the device, a flag is kept
     there and read every 50 steps and before each validation, which comes before each checkpoint.
@@ -50,5 +50,11 @@ class Health(pl.Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         scores = pl_module.scores
-        if scores is not None and len(scores.score) > 1 and bool((scores.score == scores.score[0]).all()):
-            rank_zero_warn("Every image has the same anomaly score: the features have collapsed to a point.")
+        if scores is None or len(scores.score) < 2:
+            return
+        least, most = scores.score.aminmax()
+        if most - least <= 1e-5 * scores.score.abs().max():
+            rank_zero_warn(
+                f"Every image has the same anomaly score, {float(most):.6g}, to five digits: the features have "
+                "collapsed to a point."
+            )

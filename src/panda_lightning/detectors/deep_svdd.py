@@ -160,6 +160,17 @@ class DeepSVDD(Detector):
         return self.logged_sum({"deep_svdd": loss}, count)
 
     @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.centre is not None:
+            farthest = self.merged_scores().score.max() + self.radius.cpu().square()
+            if farthest <= 1e-6 * self.centre.cpu().square().sum():
+                rank_zero_warn(
+                    "Deep SVDD: no image is farther from the centre than a thousandth of the centre's length (d <= "
+                    f"{farthest:.2g}): the network has collapsed to a point."
+                )
+
+    @override
     def on_train_epoch_start(self) -> None:
         if self.centre is None and self.current_epoch >= self.pretrain_epochs:
             self.encoder.eval()

@@ -152,8 +152,9 @@ CLASSES = {  # normal classes of a published table; DIOR's 19 are known once its
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "method"), [(n, m) for n in CLASSES for m in PUBLISHED if n == "mvtec" or m not in ("spade", "patchcore")]
+)
 def test_the_published_commands_are_the_papers_settings(name, method, run, capsys, monkeypatch):
     """The commands that experiments/published/run.sh gives: all classes, and the effective values of the first."""
     assert {path.stem for path in (ROOT / "experiments/published").glob("*.yaml")} == set(CLASSES)
@@ -169,12 +170,12 @@ def test_the_published_commands_are_the_papers_settings(name, method, run, capsy
     epochs, batch, size, published = PUBLISHED[method]
     arguments = {"class": merged["model"]["class_path"].split(".")[-1], **merged["model"]["init_args"]}
     assert {key: arguments[key] for key in published} == published
-    assert arguments.get("backbone", "resnet152.tv_in1k") == "resnet152.tv_in1k"
+    assert arguments.get("backbone", "resnet152.tv_in1k") == published.get("backbone", "resnet152.tv_in1k")
     data = merged["data"]["init_args"]
     crop = "squash" if size else "center"
     assert (data["root"], data["image_size"], data["crop"], data["batch_size"]) == ("D", size or 224, crop, batch or 32)
     assert data["category" if name == "mvtec" else "normal_class"] in (CLASSES[name][0], 0)
-    assert merged["trainer"]["max_epochs"] == (epochs or 50)
+    assert method in FREE or merged["trainer"]["max_epochs"] == epochs
 
 
 def test_the_published_data_settings_are_the_defaults(run, workdir, capsys):

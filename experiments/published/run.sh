@@ -23,7 +23,7 @@ mvtec)
 *) echo "$set is not a file of this folder" >&2 && exit 2 ;;
 esac
 case $method in
-dn2 | ocsvm) verb=test ;;
+dn2 | ocsvm | spade | patchcore) verb=test ;;
 *) verb=fit ;;
 esac
 for class in $classes; do

@@ -1,0 +1,64 @@
+import csv
+
+import numpy as np
+import pytest
+
+from panda_lightning.callbacks.anomaly_maps import coloured, outline
+from tests.conftest import fast, make_folder
+
+
+def written(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_are_written_by_file(run, workdir):
+    folder = make_folder(workdir / "images")
+    run("test", *fast(folder, model="DN2"))
+    last = workdir / "runs/t/version_0/checkpoints/last.ckpt"
+    run("predict", *fast(folder, model="DN2"), f"--ckpt_path={last}")
+    rows = written(workdir / "runs/t/version_1/predictions.csv")
+    names = [f"test/spot/{n:03d}.png" for n in range(100, 107)] + [f"test/stripe/{n:03d}.png" for n in range(6)]
+    assert [row["file"] for row in rows] == names
+    scores = np.array([float(row["score"]) for row in rows])
+    wins = scores[7:, None] > scores[None, :7]
+    (logged,) = written(workdir / "runs/t/version_0/metrics.csv")
+    assert wins.mean() == pytest.approx(float(logged["test/auroc"]), abs=1e-9)  # no ties among these
+
+
+def test_images_without_files_are_called_by_their_rows(run, workdir):
+    words = [w.replace("ImageFolder", "Digits").replace("spot", "3") for w in fast(workdir, model="DN2")]
+    words = [w for w in words if "data.root" not in w] + ["--data.test_limit=10"]
+    run("test", *words)
+    last = workdir / "runs/t/version_0/checkpoints/last.ckpt"
+    run("predict", *words, f"--ckpt_path={last}")
+    rows = written(workdir / "runs/t/version_1/predictions.csv")
+    assert [int(row["file"]) for row in rows] == np.linspace(0, 897, 10).round().tolist()
+
+
+def test_sample_wise_early_stopping_has_a_column(run, workdir):
+    folder = make_folder(workdir / "images")
+    words = [w for w in fast(folder) if "trainer.callbacks" not in w]
+    checkpoint = "{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false}}"
+    ses = "{class_path: SampleWiseEarlyStopping, init_args: {keep_snapshots: true}}"
+    words += [f"--trainer.callbacks=[{checkpoint}, {ses}]", "--model.ewc_weight=0"]
+    run("fit", *words)
+    run("predict", *words, "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt")
+    rows = written(workdir / "runs/t/version_1/predictions.csv")
+    assert len(rows) == 13
+    assert set(rows[0]) == {"file", "score", "ses_score"}
+
+
+def test_colours_span_the_range_and_the_outline_is_the_edge_of_the_mask():
+    values = np.array([[0.0, 1.0], [2.0, 9.0]], dtype=np.float32)
+    colours = coloured(values, (0.0, 2.0))
+    assert colours[0, 0].sum() < 10  # black
+    assert (colours[1, 0] == colours[1, 1]).all()  # beyond the range is its end
+    image = np.full((2, 2, 3), 100, dtype=np.uint8)
+    np.testing.assert_allclose(coloured(values, (0.0, 2.0), image), colours / 2 + 50, atol=1)
+    mask = np.zeros((9, 9), dtype=bool)
+    mask[2:7, 3:8] = True
+    drawn = outline(np.zeros((9, 9, 3), dtype=np.uint8), mask, (0, 255, 0))
+    inside = np.zeros_like(mask)
+    inside[3:6, 4:7] = True
+    np.testing.assert_array_equal(drawn[..., 1] == 255, mask & ~inside)

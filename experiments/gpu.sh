@@ -11,3 +11,8 @@ python experiments/bench --architecture resnet152 --train 5000 --test 10000 --ep
 # the published recipe on one class: seconds per epoch are in report's table
 lightning fit --config conf/cifar10.yaml --data.root "$data" --data.normal_class airplane --trainer.precision bf16-mixed \
   --model.prefix_cache_gb 64 --trainer.logger CSVLogger --trainer.logger.save_dir "$out" | tee "$out/airplane.txt"
+# segmentation: all categories of MVTec AD below DATA/mvtec, and its times
+python experiments/bench/segmentation.py | tee "$out/segmentation.md"
+for method in spade patchcore; do
+  python experiments/mvtec.py "$data/mvtec" $method --trainer.enable_model_summary false | tee "$out/mvtec-$method.txt"
+done

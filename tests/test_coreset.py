@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from panda_lightning.coreset import greedy_coreset
+from tests.test_knn import DEVICES
 
 
 def plain(points: np.ndarray, size: int, first: int) -> list[int]:
@@ -14,11 +15,12 @@ def plain(points: np.ndarray, size: int, first: int) -> list[int]:
     return chosen
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (40, 7), (40, 40), (3000, 500)])  # 3000: looks at 256 at a time
-def test_choices_are_those_of_a_plain_loop(count, size):
+def test_choices_are_those_of_a_plain_loop(count, size, device):
     torch.manual_seed(count)
     points = torch.randn(count, 5) + 50
-    blocks = list(greedy_coreset(points, size, seed=3))
+    blocks = list(greedy_coreset(points.to(device), size, seed=3))
     rows = torch.cat(blocks).tolist()
     assert rows == plain(points.double().numpy(), size, rows[0])
     assert len(blocks) >= min(size, 100)  # a progress bar moves

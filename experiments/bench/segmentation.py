@@ -13,7 +13,7 @@ import sys
 
 import timm
 import torch
-from clock import clock
+from clock import DEVICE, clock
 
 from panda_lightning import SPADE, Backbone, PatchCore
 from panda_lightning.coreset import greedy_coreset
@@ -34,7 +34,8 @@ def row(method, network, size, train, test):
     torch.manual_seed(0)
     detector = METHODS[method]()
     detector.backbone = Backbone(timm.create_model(network), 0)
-    pictures = torch.randint(0, 256, (max(train, test), 3, size, size), dtype=torch.uint8)
+    detector.to(DEVICE)
+    pictures = torch.randint(0, 256, (max(train, test), 3, size, size), dtype=torch.uint8, device=DEVICE)
     batches = [{"image": part} for part in torch.split(pictures[:train], 16)]
     with torch.inference_mode():
         detector.embed({"image": pictures[:2]})

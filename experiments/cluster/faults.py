@@ -28,10 +28,11 @@ FIT = """fit --config {root}/conf/digits.yaml --config {run}/run.yaml --data.ima
 --trainer.max_epochs 4 --trainer.accelerator cpu --trainer.devices {processes} --trainer.strategy {strategy}
 --trainer.enable_progress_bar false --trainer.enable_model_summary false --model.grad_clip 0.3
 --trainer.callbacks+=faults.Phases"""
+MODULE = ["-m", "panda_lightning"]
 LAUNCH = {
-    "alone": ["-m", "panda_lightning"],
-    "Lightning": ["-m", "panda_lightning"],
-    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=2 -m panda_lightning".split(),
+    "alone": MODULE,
+    "Lightning": MODULE,
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", *MODULE],
 }  # fmt: skip
 PHASES = ("start", "decoding", "frozen layers", "extraction", "validation", "training", "checkpoint")
 

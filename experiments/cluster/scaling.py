@@ -2,8 +2,8 @@
 
 python experiments/cluster/scaling.py DATA OUT
 
-A run of Fashion-MNIST with the bundled network (every image passes all layers: no prefix cache), and the search of a bank
-by itself, whole on each process and in parts.
+A run of Fashion-MNIST with the bundled network (no prefix cache: every image passes all layers), and the search of a
+bank by itself, whole on each process and in parts.
 """
 
 import os
@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = """-m panda_lightning fit --config {root}/conf/fashion_mnist.yaml --config {root}/conf/variants/early.yaml
+RUN = """-m panda_lightning fit
+--config {root}/conf/fashion_mnist.yaml --config {root}/conf/variants/early.yaml
 --data.root {data} --data.normal_class 0 --data.train_limit 1024 --data.test_limit 1024 --data.image_size 64
---data.crop squash --model.backbone panda_tiny --model.prefix_cache_gb 0 --trainer.max_epochs 3 --trainer.accelerator cpu
+--data.crop squash --model.backbone panda_tiny --model.prefix_cache_gb 0 --trainer.max_epochs 3
+--trainer.accelerator cpu
 --trainer.devices {n} --trainer.strategy {strategy} --trainer.enable_progress_bar false --trainer.logger CSVLogger
 --trainer.logger.save_dir {out} --trainer.logger.name on{n}"""
 

@@ -232,6 +232,23 @@ def test_a_second_run_into_the_same_folder_is_no_clash(run, workdir):
     assert (workdir / "runs/t/version_0/config.yaml").is_file()
 
 
+def test_a_run_in_its_folder_goes_on_under_the_same_id(run, workdir):
+    import wandb
+
+    folder = make_folder(workdir / "images")
+    make = ["sh", str(ROOT / "experiments/cluster/run_folder.sh"), "runs/panda-7", "2"]
+    own = [w for w in fast(folder, epochs=2) if "trainer.logger" not in w and "trainer.callbacks" not in w]
+    for epochs in (1, 2):
+        words = subprocess.run(make, check=True, capture_output=True, text=True).stdout.split()
+        run("fit", *words, *own, "--model.ewc_weight=0", f"--trainer.max_epochs={epochs}")
+        wandb.finish()
+    assert curve(workdir / "runs/panda-7/version_0")[-1][0] == 1
+    assert [epoch for epoch, _ in curve(workdir / "runs/panda-7/version_1")] == [2]
+    pieces = sorted((workdir / "runs/panda-7/wandb").glob("offline-run-*"))
+    assert [piece.name.split("-", 3)[3] for piece in pieces] == ["runs-panda-7"] * len(pieces)
+    assert len(pieces) == 2
+
+
 # ---- bad input: one clear sentence, exit status not 0, no traceback ----
 
 

@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -47,6 +50,36 @@ def test_a_service_that_is_away_does_not_stop_the_run(workdir, monkeypatch):
         logger.log_metrics({"a": 1.0})
     assert modes == ["online", "offline"]
     assert list((workdir / "runs/deep/wandb").glob("offline-run-*"))
+
+
+DEATH = """
+import os, signal, subprocess
+from panda_lightning import AutoWandbLogger
+
+logger = AutoWandbLogger()
+logger.log_metrics({"a": 1.0})
+children = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True).stdout
+rows = [line.split() for line in children.splitlines()]
+mine = [row for row in rows if row[1] == str(os.getpid()) and "wandb" in row[2]]
+os.kill(int(mine[0][0]), signal.SIGKILL)
+for step in range(100):
+    logger.log_metrics({"a": 2.0})
+    logger.experiment.log({"b": 1.0})
+logger.finalize("success")
+print("the run has ended")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_a_process_of_wandb_that_dies_does_not_stop_the_run(workdir):
+    own = {
+        key: value for key, value in os.environ.items() if not key.startswith("WANDB_")
+    }  # not this process's service
+    done = subprocess.run([sys.executable, "-c", DEATH], capture_output=True, text=True, timeout=120, env=own)
+    assert done.returncode == 0
+    assert "the run has ended" in done.stdout
+    assert done.stderr.count("W&B's process has died") == 1
+    assert len(list((workdir / "runs/wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 def test_without_the_package_it_stands_aside(workdir, monkeypatch, caplog):

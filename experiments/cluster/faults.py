@@ -28,10 +28,11 @@ FIT = """fit --config {root}/conf/digits.yaml --config {run}/run.yaml --data.ima
 --trainer.max_epochs 4 --trainer.accelerator cpu --trainer.devices {processes} --trainer.strategy {strategy}
 --trainer.enable_progress_bar false --trainer.enable_model_summary false --model.grad_clip 0.3
 --trainer.callbacks+=faults.Phases"""
+MODULE = ["-m", "panda_lightning"]
 LAUNCH = {
-    "alone": ["-m", "panda_lightning"],
-    "Lightning": ["-m", "panda_lightning"],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "panda_lightning"],
+    "alone": MODULE,
+    "Lightning": MODULE,
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", *MODULE],
 }  # fmt: skip
 PHASES = ("start", "decoding", "frozen layers", "extraction", "validation", "training", "checkpoint")
 
@@ -79,6 +80,7 @@ class Attempt:
         )
         environment = {
             **os.environ, "FAULTS_PHASES": str(self.log), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see torchrun.sh
             "PYTHONPATH": f"{HERE.parents[1] / 'src'}:{HERE}",
         }  # fmt: skip
         with (run / "output").open("a") as output:
@@ -150,12 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", nargs="+", default=list(LAUNCH), choices=list(LAUNCH), help="how runs are started")
     parser.add_argument("--trials", type=int, default=1, help="runs alone for each phase")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     draw = random.Random(args.seed)
     rows, kills, recovered, slowest = [], 0, 0, 0.0
-    for how in LAUNCH:
+    for how in args.start:
         expected, durations = undisturbed(args.out.resolve() / how / "undisturbed", how)
         print(f"undisturbed, {how}: AUROC {expected!r}", file=sys.stderr)
         trials = [phase for phase in PHASES for _ in range(args.trials if how == "alone" else 1)]
@@ -191,7 +194,8 @@ def main() -> None:
             recovered += same
             rows.append((how, "<br>".join(seen), auroc, auroc - expected))
             print(rows[-1], file=sys.stderr, flush=True)
-    print(f"# Faults\n\n`python experiments/cluster/faults.py OUT --seed {args.seed} --trials {args.trials}`\n")
+    command = f"python experiments/cluster/faults.py OUT --seed {args.seed} --trials {args.trials}"
+    print(f"# Faults\n\n`{command} --start {' '.join(args.start)}`\n")
     print(__doc__.split("\n\n")[2] + "\n")
     print(f"Kills: {kills}. Recovered: {recovered}. Largest difference of the last AUROC from the undisturbed run's:")
     worst = max(abs(row[3]) if row[3] == row[3] else float("inf") for row in rows)

@@ -4,6 +4,9 @@
 # torchrun ends all processes when one dies and starts them again, up to three times; they go on from the newest checkpoint. runs/ is
 # on a disk that all machines share. GPUS: processes on this machine.
 set -eu
+# A store of its own for each try: in the one that torchrun shares with its processes, the addresses of the dead are still found
+# (torch 2.14; FAULTS.md).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 run=$1 config=$2
 shift 2
 words=$(sh experiments/cluster/run_folder.sh "$run" "${STEPS:-200}")

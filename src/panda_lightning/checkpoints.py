@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, in one pass; a broken one is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -26,15 +27,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, part)
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer says so where a disk is full
             part.unlink(missing_ok=True)
             kept = newest_whole(path.parent)
             advice = f"Make room and go on with --ckpt_path {kept}." if kept else "There is no earlier one."
-            raise PandaError(f"the checkpoint {path} could not be written ({_first_line(error)}). {advice}") from error
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise PandaError(
+                f"the checkpoint {path} could not be written ({_first_line(error)}; {free:.1f} MiB are free). {advice}"
+            ) from error
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -134,15 +134,18 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except ValueError as error:
-        refusal = error if isinstance(error, PandaError) else error.__cause__  # jsonargparse wraps a constructor's
-        if not isinstance(refusal, PandaError):
+    except (ValueError, OSError) as error:
+        told = _refusal(error)
+        if told is None and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {refusal}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(f"error: {error}. Make room and go on with --ckpt_path last.")
+        sys.exit(f"error: {told or f'{error}. Make room and go on with --ckpt_path last.'}")
+
+
+def _refusal(error: BaseException | None) -> PandaError | None:
+    """The sentence behind an error: jsonargparse wraps it, and on a full disk the report fails after the checkpoint."""
+    while error is not None and not isinstance(error, PandaError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def silence() -> None:

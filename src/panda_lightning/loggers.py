@@ -3,6 +3,7 @@
 import functools
 import netrc
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class AutoWandbLogger(WandbLogger):
     """Lightning's WandbLogger, offline exactly when no credentials are found and no mode was set.
 
     Without the wandb package it logs nothing and says so; when W&B's service is away the run is kept offline, for
-    ``wandb sync`` later.
+    ``wandb sync`` later; when its process on this machine dies the run goes on without it.
 
     Args:
         save_dir: Where the folder ``wandb`` goes.
@@ -63,9 +64,26 @@ class AutoWandbLogger(WandbLogger):
                 rank_zero_warn(f"W&B cannot be reached ({error}): this run is kept offline.")
                 self._wandb_init["mode"] = "offline"
                 run = super().experiment
+            run.log = self._while_it_lives(run.log)
             for metrics in ("val/*", "train/*", "test/*", "bank/*"):
                 run.define_metric(metrics, step_metric="epochs_trained")
         return self._experiment
+
+    def _while_it_lives(self, log: Callable[..., None]) -> Callable[..., None]:
+        """A run's ``log`` that gives up, with a warning, where W&B's process has gone."""
+        lost = False
+
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            nonlocal lost
+            if not lost:
+                try:
+                    log(*args, **kwargs)
+                except ConnectionError as error:
+                    lost = True
+                    kept = f"what it has got is in {self._wandb_init['dir']}/wandb"
+                    rank_zero_warn(f"W&B's process has died ({error}): this run goes on without it, and {kept}.")
+
+        return guarded
 
 
 def _has_credentials() -> bool:

@@ -1,9 +1,11 @@
 """Every image passes the frozen layers once: what comes out is kept in memory or in a file."""
 
+import fcntl
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
@@ -98,15 +100,29 @@ def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hi
 @contextmanager
 def _new_file(path: Path, size: int) -> Iterator[Path]:
     """A file that gets its name when it is complete; its space is taken beforehand, so that the disk cannot fill up."""
+    _remove_orphans(path.parent)
     handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)  # several machines may write to one disk
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as long as this process lives
             os.posix_fallocate(file.fileno(), 0, size)
-        yield part
-        part.replace(path)
+            yield part
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Files that killed processes left unfinished: nobody holds their lock, and they are not of this minute."""
+    for part in folder.glob("*.part"):
+        try:
+            with part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(file.fileno()).st_mtime > 60:
+                    part.unlink()
+        except OSError:
+            continue  # somebody's, or gone by now
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -161,6 +162,51 @@ def _draw(probabilities: Tensor, index: Tensor, seed: int) -> Tensor:
     ).to(probabilities)
     below = probabilities.cumsum(dim=1) < uniform.unsqueeze(1)
     return below.sum(dim=1).clamp(max=probabilities.shape[1] - 1)
+
+
+def from_source(source: str, backbone: Backbone, adapt_stages: int) -> Diagonal:
+    """What ``PANDA(fisher=...)`` names; empty where it must be estimated.
+
+    Args:
+        source: ``ones``; ``auto``, the diagonal beside the weights, if it is of all adapted layers; or a file.
+        backbone: The network it must fit.
+        adapt_stages: How many of its last stages are adapted.
+
+    Raises:
+        PandaError: If a file does not fit, or there is no classifier to estimate with.
+    """
+    if source == "ones":
+        return ones(backbone)
+    if source != "auto":
+        return load(source, backbone)
+    beside = backbone.fisher_file
+    if beside is not None and adapt_stages <= int(header(beside).get("adapt_stages", adapt_stages)):
+        rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {beside}")
+        return load(str(beside), backbone)
+    require_classifier(backbone)
+    return {}
+
+
+def kept_or_estimated(path: Path, backbone: Backbone, batches: Iterable[Batch], strategy: Strategy) -> Diagonal:
+    """The estimate from images alone that an earlier run kept, or a new one, which is kept for later runs.
+
+    Args:
+        path: See cache_path; that of process 0 counts.
+        backbone: See Estimator.
+        batches: See estimate; not asked for where the file is there.
+        strategy: By which the processes agree.
+    """
+    path = strategy.broadcast(path)
+    rank_zero_info(
+        "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
+        f"the paper takes ImageNet and its labels. Kept in {path}"
+    )
+    if not strategy.broadcast(path.is_file()):
+        diagonal = estimate(backbone, batches)
+        if strategy.is_global_zero:
+            save(diagonal, path, {"estimator": "per-sample, drawn labels"})
+        strategy.barrier()
+    return load(str(path), backbone)
 
 
 def ones(backbone: Backbone) -> Diagonal:

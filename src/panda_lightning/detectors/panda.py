@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -127,22 +126,7 @@ class PANDA(DN2):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.ewc_weight and self.centre is None:  # a file that does not fit is refused now
-            if self.fisher_source == "ones":
-                self.fisher = fisher.ones(self.backbone)
-            elif self.fisher_source != "auto":
-                self.fisher = fisher.load(self.fisher_source, self.backbone)
-            elif self._beside:
-                rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {self._beside}")
-                self.fisher = fisher.load(self._beside, self.backbone)
-            else:
-                fisher.require_classifier(self.backbone)
-
-    @property
-    def _beside(self) -> str | None:
-        """The Fisher diagonal beside the weights, if it is of all layers that are adapted."""
-        path = self.backbone.fisher_file
-        known = int(fisher.header(path).get("adapt_stages", self.adapt_stages)) if path else 0
-        return str(path) if self.adapt_stages <= known else None
+            self.fisher = fisher.from_source(self.fisher_source, self.backbone, self.adapt_stages)
 
     @override
     def on_fit_start(self) -> None:
@@ -162,24 +146,11 @@ class PANDA(DN2):
             self.centre = self.bank_mean(self.loss_space(self.bank))
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
             if self.ewc_weight and not self.fisher:
-                self.fisher = self._estimated_fisher()
+                batches = on_device(self.trainer, self.data.normal_dataloader(), "Fisher information")
+                self.fisher = fisher.kept_or_estimated(self._fisher_path, self.backbone, batches, self.trainer.strategy)
         self.centre = self.centre.to(self.device)
         self.start = {name: t.to(self.device) for name, t in self.start.items()}
         self.fisher = {name: t.to(self.device) for name, t in self.fisher.items()}
-
-    def _estimated_fisher(self) -> fisher.Diagonal:
-        loader = self.data.normal_dataloader()
-        path = self.trainer.strategy.broadcast(self._fisher_path)
-        rank_zero_info(
-            "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
-            f"the paper takes ImageNet and its labels. Kept in {path}"
-        )
-        if not self.trainer.strategy.broadcast(path.is_file()):
-            diagonal = fisher.estimate(self.backbone, on_device(self.trainer, loader, "Fisher information"))
-            if self.trainer.is_global_zero:
-                fisher.save(diagonal, path, {"estimator": "per-sample, drawn labels"})
-            self.trainer.strategy.barrier()
-        return fisher.load(str(path), self.backbone)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

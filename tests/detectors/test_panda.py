@@ -297,9 +297,10 @@ def test_the_published_recipe_is_the_default():
     detector = PANDA()
     assert detector.hparams == {
         "backbone": "resnet152.tv_in1k", "weights": None, "adapt_stages": 2, "k": 2, "normalize": False,
-        "centroids": None, "shard_bank": False, "normalize_loss": False, "ewc_weight": 1e4, "fisher": "auto", "lr": 1e-2, "momentum": 0.9,
+        "centroids": None, "normalize_loss": False, "ewc_weight": 1e4, "fisher": "auto", "lr": 1e-2, "momentum": 0.9,
         "weight_decay": 5e-5, "grad_clip": 1e-3, "prefix_cache_gb": 4.0, "prefix_cache_half": False,
         "prefix_cache_dir": None, "optimize": "folded", "index_backend": "auto", "index_memory_mb": 512,
+        "shard_bank": False,
     }  # fmt: skip
 
 

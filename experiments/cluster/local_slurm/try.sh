@@ -46,40 +46,40 @@ ended "$(submit undisturbed)"
 report undisturbed nothing
 
 if wanted preempted; then
-job=$(submit preempted)
-training preempted
-sbatch --partition=high --nodes=1 --ntasks=2 --wrap "sleep 5" --output=/dev/null > /dev/null
-ended "$job"
-report preempted "a job of higher priority came"
+    job=$(submit preempted)
+    training preempted
+    sbatch --partition=high --nodes=1 --ntasks=2 --wrap "sleep 5" --output=/dev/null > /dev/null
+    ended "$job"
+    report preempted "a job of higher priority came"
 fi
 
 if wanted told; then
-job=$(submit told)
-training told
-scancel --signal=USR1 "$job"
-ended "$job"
-report told "SIGUSR1, as before the end of its time"
+    job=$(submit told)
+    training told
+    scancel --signal=USR1 "$job"
+    ended "$job"
+    report told "SIGUSR1, as before the end of its time"
 fi
 
 if wanted killed; then
-job=$(submit killed)
-training killed
-victim=$(pgrep -f "$out/killed/run.yaml .*--trainer.strategy ddp" | while read -r pid; do
-    tr '\0' '\n' < "/proc/$pid/environ" | grep -q '^SLURM_PROCID=1$' && grep -qv srun "/proc/$pid/comm" && echo "$pid"
-done | tail -1)
-kill -9 "$victim"
-since=$(date +%s)
-while squeue -h -s | grep -q "^$job\.[0-9]"; do sleep 0.5; done
-seconds=$(($(date +%s) - since))
-ended "$job"
-report killed "SIGKILL of one task; the other was gone within $((seconds + 1)) s"
+    job=$(submit killed)
+    training killed
+    victim=$(pgrep -f "$out/killed/run.yaml .*--trainer.strategy ddp" | while read -r pid; do
+        tr '\0' '\n' < "/proc/$pid/environ" | grep -q '^SLURM_PROCID=1$' && grep -qv srun "/proc/$pid/comm" && echo "$pid"
+    done | tail -1)
+    kill -9 "$victim"
+    since=$(date +%s)
+    while squeue -h -s | grep -q "^$job\.[0-9]"; do sleep 0.5; done
+    seconds=$(($(date +%s) - since))
+    ended "$job"
+    report killed "SIGKILL of one task; the other was gone within $((seconds + 1)) s"
 fi
 
 if wanted array; then
-# shellcheck disable=SC2086
-job=$(cd "$PWD" && sbatch $small --array=0-1 --job-name="$(basename "$out")" --output="$out/array-%a.out" experiments/cluster/array.sbatch $words)
-ended "$job"
-for class in 0 1; do
-    grep -h -o '^AUROC .* epochs,' "$out/array-$class.out" | sed "s/^/\nArray, class $class: /"
-done
+    # shellcheck disable=SC2086
+    job=$(cd "$PWD" && sbatch $small --array=0-1 --job-name="$(basename "$out")" --output="$out/array-%a.out" experiments/cluster/array.sbatch $words)
+    ended "$job"
+    for class in 0 1; do
+        grep -h -o '^AUROC .* epochs,' "$out/array-$class.out" | sed "s/^/\nArray, class $class: /"
+    done
 fi

@@ -316,6 +316,10 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     assert "--model.k asks for 3, but the checkpoint was made with 2" in said
     run("test", *words, "--model.k=2", last)  # the same value is no contradiction
     run("test", *words, "--model.index_backend=torch", "--model.optimize=plain", last)  # nor is how to compute
+    words = [word.replace("class=spot", "class=stripe") for word in words]
+    said = refusal(run, capsys, "fit", *words, "--ckpt_path=last")
+    assert "data.normal_class is stripe, but the checkpoint" in said
+    assert "was trained with spot: it cannot go on with other images" in said
 
 
 # ---- the documentation ----

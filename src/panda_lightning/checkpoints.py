@@ -16,8 +16,8 @@ from panda_lightning.types import PandaError
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the file and renames, so that a killed run leaves the old checkpoint or the new one.
 
-    Lightning does the same by way of a copy in memory, which takes three to six times as long
-    (experiments/RESULTS.md), and is still used for addresses of remote storage.
+    Lightning does the same by way of a copy in memory, which takes twice as long (experiments/RESULTS.md), and is still
+    used for addresses of remote storage.
     """
 
     @override

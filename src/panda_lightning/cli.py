@@ -100,7 +100,15 @@ class PandaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         path = self._ckpt_path
         if path and Path(path).is_file():  # so that the source of its pretrained weights is not needed
-            self.model.on_load_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.model.on_load_checkpoint(checkpoint)
+            before = checkpoint.get("datamodule_hyper_parameters", {})
+            for key in ("normal_class", "category", "protocol") if self.subcommand == "fit" else ():
+                if str(before.get(key)) != str(now := self.datamodule.hparams.get(key)):
+                    raise PandaError(
+                        f"data.{key} is {now}, but the checkpoint {path} was trained with {before.get(key)}: it cannot "
+                        "go on with other images."
+                    )
 
     @property
     def _ckpt_path(self) -> str | None:

@@ -6,7 +6,7 @@ set -u
 out=$(realpath -m "$1")
 mkdir -p "$out"
 export WANDB_MODE=offline STEPS=5
-words="conf/digits.yaml --data.image_size 32 --data.test_limit 200 --trainer.max_epochs ${EPOCHS:-8} --model.grad_clip 0.3
+words="conf/digits.yaml --data.image_size 32 --data.test_limit 200 --trainer.max_epochs ${EPOCHS:-24} --model.grad_clip 0.3
     --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
 small="--cpus-per-task=1 --gpus-per-node=0 --parsable"
 
@@ -17,7 +17,6 @@ submit() { # name: two tasks
 
 training() { # name: wait until it has trained a while
     until [ -f "$out/$1/checkpoints/last.ckpt" ]; do sleep 0.5; done
-    sleep 2
 }
 
 ended() { # job: wait for its end; Slurm lets a requeued job wait for two minutes, which are not needed here
@@ -36,39 +35,51 @@ report() { # name, what was done
     echo "| $1 | $2 | $starts | $from | ${runs#"$PWD"} | $auroc |"
 }
 
+wanted() { # whether ONLY names it, where set
+    case " ${ONLY:-$1} " in *" $1 "*) ;; *) false ;; esac
+}
+
 echo "| run | what happened | starts | begun from | pieces in W&B and their id | last AUROC |"
 echo "|---|---|---|---|---|---|"
 
 ended "$(submit undisturbed)"
 report undisturbed nothing
 
-job=$(submit preempted)
-training preempted
-sbatch --partition=high --nodes=1 --ntasks=2 --wrap "sleep 5" --output=/dev/null > /dev/null
-ended "$job"
-report preempted "a job of higher priority came"
+if wanted preempted; then
+    job=$(submit preempted)
+    training preempted
+    sbatch --partition=high --nodes=1 --ntasks=2 --wrap "sleep 5" --output=/dev/null > /dev/null
+    ended "$job"
+    report preempted "a job of higher priority came"
+fi
 
-job=$(submit told)
-training told
-scancel --signal=USR1 "$job"
-ended "$job"
-report told "SIGUSR1, as before the end of its time"
+if wanted told; then
+    job=$(submit told)
+    training told
+    scancel --signal=USR1 "$job"
+    ended "$job"
+    report told "SIGUSR1, as before the end of its time"
+fi
 
-job=$(submit killed)
-training killed
-victim=$(pgrep -f "$out/killed/run.yaml .*--trainer.strategy ddp" | while read -r pid; do
-    tr '\0' '\n' < "/proc/$pid/environ" | grep -q '^SLURM_PROCID=1$' && grep -qv srun "/proc/$pid/comm" && echo "$pid"
-done | tail -1)
-kill -9 "$victim"
-since=$(date +%s)
-while squeue -h -s | grep -q "^$job\.[0-9]"; do sleep 0.5; done
-seconds=$(($(date +%s) - since))
-ended "$job"
-report killed "SIGKILL of one task; the other was gone within $((seconds + 1)) s"
+if wanted killed; then
+    job=$(submit killed)
+    training killed
+    victim=$(pgrep -f "$out/killed/run.yaml .*--trainer.strategy ddp" | while read -r pid; do
+        tr '\0' '\n' < "/proc/$pid/environ" | grep -q '^SLURM_PROCID=1$' && grep -qv srun "/proc/$pid/comm" && echo "$pid"
+    done | tail -1)
+    kill -9 "$victim"
+    since=$(date +%s)
+    while squeue -h -s | grep -q "^$job\.[0-9]"; do sleep 0.5; done
+    seconds=$(($(date +%s) - since))
+    ended "$job"
+    report killed "SIGKILL of one task; the other was gone within $((seconds + 1)) s"
+fi
 
-# shellcheck disable=SC2086
-job=$(cd "$PWD" && sbatch $small --array=0-1 --job-name="$(basename "$out")" --output="$out/array-%a.out" experiments/cluster/array.sbatch $words)
-ended "$job"
-for class in 0 1; do
-    grep -h -o '^AUROC .* epochs,' "$out/array-$class.out" | sed "s/^/\nArray, class $class: /"
-done
+if wanted array; then
+    # shellcheck disable=SC2086
+    job=$(cd "$PWD" && sbatch $small --array=0-1 --job-name="$(basename "$out")" --output="$out/array-%a.out" experiments/cluster/array.sbatch $words)
+    ended "$job"
+    for class in 0 1; do
+        grep -h -o '^AUROC .* epochs,' "$out/array-$class.out" | sed "s/^/\nArray, class $class: /"
+    done
+fi

@@ -52,7 +52,7 @@ def run(setting, out, variant):
 
 FAMILIES = {"none": "no EWC", "ones": "Fisher = 1", "target": "target images"}  # a file: the pretraining task
 COLOURS = {"no EWC": "black", "Fisher = 1": "tab:blue", "target images": "tab:orange", "pretraining task": "tab:green"}
-STYLES = {0: "-", 0.01: ":", 0.15: ":", 1: "--", 15: "-", 100: "-", 1e4: "-."}  # by lambda
+STYLES = {0: "-", 0.01: ":", 0.15: ":", 1: "--", 15: "-", 100: "-", 350: "--", 1e4: "-."}  # by lambda
 
 
 def draw(out):

@@ -70,6 +70,13 @@ def test_the_pyramid_is_timms_own_intermediate_maps(name, adapt_stages):
     torch.testing.assert_close(alone, maps[1], rtol=1e-5, atol=1e-6)
 
 
+def test_weights_beside_a_network_with_its_own_are_refused(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(PandaError, match=r"weights=.* goes with the name of a timm architecture; backbone=panda_tiny"):
+        Backbone.pretrained("panda_tiny", weights=str(file))
+
+
 def test_levels_that_are_none_are_refused():
     with pytest.raises(PandaError, match=r"levels=\[0, 5\] are not all levels of resnet18: choose from 1, 2, 3, 4"):
         made("resnet18").level_pieces((0, 5))

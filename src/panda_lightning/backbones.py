@@ -126,6 +126,11 @@ class Backbone(nn.Module):
         if weights is not None:
             if not Path(weights).is_file():
                 raise PandaError(f"weights={weights} is not a file: name a file of weights for {name}.")
+            if source.startswith(("local-dir:", "hf-hub:")):
+                raise PandaError(
+                    f"weights={weights} goes with the name of a timm architecture; backbone={name} has weights of its "
+                    "own: copy the file to model.safetensors in a folder with its config.json, and name that folder."
+                )
             overlay = {"file": weights}
         try:
             with _hub_offline_if_unreachable():

@@ -267,6 +267,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     def teardown(self, stage: str) -> None:
         folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
         if self.trainer and folder and self.trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / "manifest.csv").write_text(self.manifest(tuple(self._images)))
 
     # ---- loaders -------------------------------------------------------------------------------------------------

@@ -116,14 +116,14 @@ class SegmentationDetector(BankDetector):
 
     def normal_rows(self) -> Tensor:
         """What ``embed`` makes of the normal training images, (N, ...); says beforehand what memory it takes."""
-        loader: Any = self.data.normal_dataloader()
-        one = self.embed(self.trainer.strategy.batch_to_device(loader.dataset[0]))
+        count, side = len(self.data.normal_images), self.data.image_size
+        one = self.embed({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)})  # type: ignore[typeddict-item]
         dtype = torch.float16 if self.half_bank else torch.float32
-        size = len(loader.dataset) * one[0].numel() * dtype.itemsize
         rank_zero_info(
-            f"{self.method}: features of {len(loader.dataset)} normal images take {size / 2**30:.2f} GiB, twice that "
-            f"while they are put together; maps {4 * self.data.image_size**2 / 2**20:.2f} MiB an image of a batch."
+            f"{self.method}: features of {count} normal images take {count * one.numel() * dtype.itemsize / 2**30:.2f} "
+            f"GiB, twice that while they are put together; maps {4 * side**2 / 2**20:.2f} MiB an image of a batch."
         )
+        loader = self.data.normal_dataloader()
         return extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
 
     def check_size(self, row: Tensor) -> None:

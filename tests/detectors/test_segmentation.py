@@ -91,14 +91,27 @@ def test_tiles_are_put_together_where_they_were():
     whole.backbone = tiled.backbone = Halving()
     for a, b in zip(whole.pyramid(images, pooled=True), tiled.pyramid(images, pooled=True), strict=True):
         torch.testing.assert_close(a, b)
-    tiled.tile = 12
-    with pytest.raises(PandaError, match="tile=12 does not divide image_size=32"):
-        tiled.pyramid(images)
 
 
 def test_tiles_run(tmp_path):
     (result,) = trainer(tmp_path).test(SPADE("panda_tiny", k=2, tile=32), mvtec(tmp_path), verbose=False)
     assert 0 <= result["test/pixel_auroc"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tile": 24}, "tile=24 does not suit image_size=64: choose a divisor of at least 32"),
+        ({"tile": 16}, "tile=16 does not suit image_size=64"),
+        ({"levels": (3, 7)}, r"levels=\[3, 7\] are not all levels of resnet10t"),
+        ({"k": 7}, "k=7 images to compare with, but there are 6 normal ones: choose 1 to 6"),
+    ],
+)
+def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, sentence):
+    module = mvtec(tmp_path)
+    with pytest.raises(PandaError, match=sentence):
+        trainer(tmp_path).test(SPADE("panda_tiny", **{"k": 2, **options}), module, verbose=False)
+    assert not module._datasets
 
 
 def test_an_adapted_network_feeds_them(run, workdir):

@@ -41,11 +41,6 @@ def test_scores_and_maps_are_a_plain_loops(tmp_path):
         np.testing.assert_allclose(found[i], expected, rtol=1e-3)
 
 
-def test_more_neighbours_than_images_are_refused(tmp_path):
-    with pytest.raises(PandaError, match="k=50 neighbours cannot be found in a bank of 6 normal images"):
-        trainer(tmp_path).test(SPADE("panda_tiny"), mvtec(tmp_path), verbose=False)
-
-
 def test_a_checkpoint_of_another_image_size_is_refused(tmp_path):
     detector = SPADE("panda_tiny", k=2)
     trainer(tmp_path).test(detector, mvtec(tmp_path), verbose=False)

@@ -103,12 +103,21 @@ class SegmentationDetector(BankDetector):
 
     # ---- features ----------------------------------------------------------------------------------------------------
 
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.backbone.level_pieces(self.levels)  # what the network lacks is said before images are decoded
+        size, tile = self.data.image_size, self.tile or self.data.image_size
+        if size % tile or tile < self.backbone.stride:
+            raise PandaError(
+                f"tile={tile} does not suit image_size={size}: choose a divisor of at least {self.backbone.stride}, "
+                f"the stride of {self.backbone.architecture}."
+            )
+
     def pyramid(self, images: Tensor, pooled: bool = False) -> list[Tensor]:
         """Float32 feature maps (B, C, h, w) of images (B, 3, S, S), one a level; with ``pooled``, then (B, D)."""
-        size, tile = images.shape[-1], self.tile or images.shape[-1]
-        if size % tile:
-            raise PandaError(f"tile={tile} does not divide image_size={size}: choose a divisor.")
-        n = size // tile
+        tile = self.tile or images.shape[-1]
+        n = images.shape[-1] // tile
         tiles = images.view(-1, 3, n, tile, n, tile).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, tile, tile)
         found = [f.float() for f in self.backbone.pyramid(tiles, self.levels, pooled)]
         maps, rest = found[: len(self.levels)], found[len(self.levels) :]

@@ -53,6 +53,14 @@ class SPADE(SegmentationDetector):
         self.k = k
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.bank is None and self.k > (size := len(self.data.normal_images)):
+            raise PandaError(
+                f"k={self.k} images to compare with, but there are {size} normal ones: choose 1 to {size}."
+            )
+
+    @override
     def embed(self, batch: Batch) -> Tensor:
         """One row an image, (B, D + sum of C h w): its pooled features, then its maps."""
         *maps, pooled = self.pyramid(batch["image"], pooled=True)

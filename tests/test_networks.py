@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from panda_lightning.detectors.deep_svdd import LENETS
-from panda_lightning.networks import WideResNet, lenet, lenet_decoder
+from panda_lightning.networks import LENETS, WideResNet, lenet, lenet_decoder
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.distributed.nn.functional import all_reduce
 from typing_extensions import override
 
 from panda_lightning.processes import world_size
+from panda_lightning.types import PandaError
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -61,6 +62,32 @@ class Dropout(nn.Dropout):
         kept = torch.rand((batch, *x.shape[1:]), device=x.device)[rank :: world_size()][: len(x)] >= self.p
         out: Tensor = x * kept / (1 - self.p)
         return out
+
+
+# channels, widths of the convolutions, outputs of the linear layers (Ruff et al. 2018, section 4)
+LENETS = {
+    "mnist": (1, (8, 4), (32,)),
+    "fashion_mnist": (1, (16, 32), (128, 64)),
+    "cifar10": (3, (32, 64, 128), (128,)),
+    "64px": (3, (32, 64, 128, 256), (128,)),  # not in the paper: one more block
+}
+
+
+def deep_svdd_networks(name: str, size: int) -> tuple[int, nn.Sequential, nn.Sequential]:
+    """Channels, encoder and decoder of Deep SVDD for images of ``size`` pixels, by name or, with auto, by size.
+
+    Raises:
+        PandaError: If the size does not suit the network.
+    """
+    by_size = {28: "fashion_mnist", 32: "cifar10", 64: "64px"}
+    found = by_size.get(size, "") if name == "auto" else name
+    if not found or size % (1 << len(LENETS[found][1])):
+        raise PandaError(
+            f"image_size={size} does not suit network={name}: choose 28 (mnist, fashion_mnist), 32 (cifar10) or 64 "
+            "(64px)."
+        )
+    channels, widths, dims = LENETS[found]
+    return channels, lenet(channels, size, widths, dims), lenet_decoder(channels, size, widths, dims)
 
 
 def lenet(channels: int, size: int, widths: Sequence[int], dims: Sequence[int]) -> nn.Sequential:

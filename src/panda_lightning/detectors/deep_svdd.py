@@ -12,16 +12,8 @@ from typing_extensions import override
 from panda_lightning import losses, pixels
 from panda_lightning.detectors.base import Detector, seeded
 from panda_lightning.features import extract, gather, on_device
-from panda_lightning.networks import lenet, lenet_decoder
+from panda_lightning.networks import deep_svdd_networks
 from panda_lightning.types import Batch, PandaError
-
-# channels, widths of the convolutions, outputs of the linear layers (Ruff et al. 2018, section 4)
-LENETS = {
-    "mnist": (1, (8, 4), (32,)),
-    "fashion_mnist": (1, (16, 32), (128, 64)),
-    "cifar10": (3, (32, 64, 128), (128,)),
-    "64px": (3, (32, 64, 128, 256), (128,)),  # not in the paper: one more block
-}
 
 
 class DeepSVDD(Detector):
@@ -97,18 +89,9 @@ class DeepSVDD(Detector):
         """Make the networks for images of this side in pixels."""
         if hasattr(self, "encoder"):
             return
-        by_size = {28: "fashion_mnist", 32: "cifar10", 64: "64px"}
-        name = by_size.get(size, "") if self.network == "auto" else self.network
-        if not name or size % (1 << len(LENETS[name][1])):
-            raise PandaError(
-                f"image_size={size} does not suit network={self.network}: choose 28 (mnist, fashion_mnist), 32 "
-                "(cifar10) or 64 (64px)."
-            )
         self.size = size
-        self.channels, widths, dims = LENETS[name]
         with seeded():
-            self.encoder = lenet(self.channels, size, widths, dims)
-            self.decoder = lenet_decoder(self.channels, size, widths, dims)
+            self.channels, self.encoder, self.decoder = deep_svdd_networks(self.network, size)
 
     def inputs(self, batch: Batch) -> Tensor:
         """Images (B, C, H, W) as the encoder sees them, about in [0, 1]."""

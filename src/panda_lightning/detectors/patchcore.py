@@ -95,7 +95,6 @@ class PatchCore(SegmentationDetector):
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert self.bank is not None
         patches = self.embed(batch)
-        self.check_size(patches)
         squared, nearest = self.index.search(patches.flatten(0, 1), 1)
         distances, nearest = (t.view(patches.shape[:2]) for t in (squared.sqrt(), nearest))
         farthest, place = distances.max(dim=1)

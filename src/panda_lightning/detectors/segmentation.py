@@ -135,14 +135,6 @@ class SegmentationDetector(BankDetector):
         loader = self.data.normal_dataloader()
         return extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
 
-    def check_size(self, row: Tensor) -> None:
-        """Refuse images whose features (n,) are not of the form of the bank's."""
-        assert self.bank is not None
-        if row.shape[-1] != self.bank.shape[-1]:
-            raise PandaError(
-                f"image_size={self.data.image_size} is not that of the images in the checkpoint's bank: choose theirs."
-            )
-
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     @override

@@ -81,7 +81,10 @@ class SPADE(SegmentationDetector):
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert self.bank is not None
         rows = self.embed(batch)
-        self.check_size(rows)
+        if rows.shape[1] != self.bank.shape[1]:
+            raise PandaError(
+                f"image_size={self.data.image_size} is not that of the images in the checkpoint's bank: choose theirs."
+            )
         distances, nearest = self.index.search(rows[:, : self.backbone.num_features], self.k)
         size = batch["image"].shape[-1]
         maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
@@ -45,6 +46,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
         require_whole(path)
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> Path:
+    """Where a run's checkpoints are; every process must call it."""
+    own = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
 
 def require_whole(path: str | Path) -> None:

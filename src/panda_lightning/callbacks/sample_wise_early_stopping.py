@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 from typing_extensions import override
 
+from panda_lightning.checkpoints import checkpoint_folder
 from panda_lightning.features import gather
 from panda_lightning.knn import KNNIndex
 from panda_lightning.metrics import auroc
@@ -58,7 +59,7 @@ class SampleWiseEarlyStopping(pl.Callback):
             self._keep(trainer, pl_module, normal)
 
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
-        path = _folder(trainer) / f"{detector.steps_trained:08d}.ckpt"
+        path = checkpoint_folder(trainer) / "ses" / f"{detector.steps_trained:08d}.ckpt"
         adapted = {name: p.detach().cpu() for name, p in detector.backbone.adapted().items()}
         bank = detector.whole_bank()
         if detector.steps_trained == 0:
@@ -115,10 +116,3 @@ class SampleWiseEarlyStopping(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         outputs["ses_score"] = self._scores(pl_module, batch)
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    """Beside the checkpoint."""
-    saved: Any = trainer.checkpoint_callback
-    own = getattr(saved, "dirpath", None)
-    return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints") / "ses"

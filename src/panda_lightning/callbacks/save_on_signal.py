@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from panda_lightning.checkpoints import checkpoint_folder
 from panda_lightning.types import Batch, PandaError
 
 
@@ -48,14 +48,8 @@ class SaveOnSignal(pl.Callback):
             return
         told = trainer.strategy.reduce_boolean_decision(self._told, all=False)  # processes hear it at different times
         if told or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
-            path = _folder(trainer) / "last.ckpt"
+            path = checkpoint_folder(trainer) / "last.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             if told:
                 rank_zero_info(f"Told to end: go on with --ckpt_path {path}")
                 raise SystemExit(os.EX_TEMPFAIL if trainer.is_global_zero else 0)  # one status for any launcher
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    """Where the checkpoints are."""
-    own = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")

@@ -24,9 +24,7 @@ class RebuildIndex(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0 and trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            validate_now(trainer)
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -72,3 +70,10 @@ class RebuildIndex(pl.Callback):
                     f"images to make one are missing: {error}"
                 ) from error
         return int(detector.fit_index())
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """One whole validation before the next training step, as if Lightning had come to it."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from panda_lightning import metrics
 from panda_lightning.callbacks import Health, Media, Predictions, Report
+from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.checkpoints import WholeCheckpointIO
 from panda_lightning.features import gather
 from panda_lightning.loggers import AutoWandbLogger
@@ -203,9 +204,7 @@ class Detector(pl.LightningModule, ABC):
         due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
         if due and self.trainer.enable_validation and self.steps_trained != self._steps_scored:
             # the checkpoint is of an epoch's last step, and Lightning takes that epoch's validation for done
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+            validate_now(self.trainer)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from panda_lightning.callbacks import report
@@ -22,3 +23,12 @@ def test_the_picture_has_a_panel_for_everything_there_is(tmp_path, epochs, label
 def test_constant_scores_can_be_drawn(tmp_path):
     report.draw(tmp_path / "report.png", torch.ones(4), torch.tensor([0, 1, 0, 1]), [])
     assert (tmp_path / "report.png").is_file()
+
+
+def test_the_roc_curve_says_what_its_number_is(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    report.draw(tmp_path / "report.png", torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), [], "AUROC, oracle")
+    histogram, roc = drawn[0].axes
+    assert [t.get_text() for t in roc.get_legend().get_texts()] == ["AUROC, oracle 1.0000"]
+    assert [t.get_text() for t in histogram.get_legend().get_texts()] == ["normal (2)", "anomalous (1)"]

@@ -151,7 +151,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         float(np.quantile(scores, 0.995)),
     )  # a few far outliers would squeeze the rest
     bins = np.linspace(low, max(high, low + 1e-12), 41)
-    for label, name, colour in ((0, "normal", "tab:blue"), (1, "anomalous", "tab:red")):
+    for label, kind, colour in ((0, "normal", "tab:blue"), (1, "anomalous", "tab:red")):
         part = scores[labels == label].numpy()
         axes[0].hist(
             part.clip(max=bins[-1]),
@@ -159,7 +159,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
             density=True,
             alpha=0.55,
             color=colour,
-            label=f"{name} ({len(part)})",
+            label=f"{kind} ({len(part)})",
         )
     axes[0].set(title="Anomaly scores of the test images", xlabel="score", ylabel="density")
     axes[0].margins(y=0.25)  # room for the legend

@@ -16,8 +16,8 @@ import torch
 from clock import DEVICE, clock
 
 from panda_lightning import SPADE, Backbone, PatchCore
-from panda_lightning.coreset import greedy_coreset
-from panda_lightning.metrics import PixelHistogram
+from panda_lightning.formulas.pixel_metrics import PixelHistogram
+from panda_lightning.search.coreset import greedy_coreset
 
 METHODS = {"SPADE": SPADE, "PatchCore": PatchCore}
 

@@ -38,7 +38,8 @@ def phases(data: str, out: Path, n: int) -> dict[str, float]:
 
 def search() -> None:
     """In each process: its share of 1,024 queries to a bank of 50,000 x 512; process 0 prints the medians of five."""
-    from panda_lightning.knn import KNNIndex, ShardedIndex
+    from panda_lightning.search.knn import KNNIndex
+    from panda_lightning.search.sharded import ShardedIndex
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)

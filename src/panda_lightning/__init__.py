@@ -3,7 +3,6 @@
 Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) known to the command line.
 """
 
-from panda_lightning.backbones import Backbone
 from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.datamodules import (
     CIFAR10,
@@ -29,10 +28,11 @@ from panda_lightning.detectors import (
     MultiHeadRotNet,
     PatchCore,
 )
-from panda_lightning.knn import KNNIndex
-from panda_lightning.loggers import AutoWandbLogger
-from panda_lightning.metrics import auroc
-from panda_lightning.pretraining import LabelledFolder, Pretraining
+from panda_lightning.formulas.metrics import auroc
+from panda_lightning.networks.backbones import Backbone
+from panda_lightning.networks.pretraining import LabelledFolder, Pretraining
+from panda_lightning.runtime.loggers import AutoWandbLogger
+from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 __all__ = [

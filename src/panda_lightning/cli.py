@@ -14,10 +14,10 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from panda_lightning.checkpoints import newest_whole, require_whole
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
+from panda_lightning.runtime.checkpoints import newest_whole, require_whole
 from panda_lightning.types import PandaError
 
 

@@ -89,7 +89,7 @@ def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplo
     again = SampleWiseEarlyStopping()
     tester = trainer(tmp_path, 1, again)
     tester.test(PANDA("panda_tiny", **settings), data(folder), ckpt_path=path, verbose=False)
-    from panda_lightning.features import gather
+    from panda_lightning.runtime.features import gather
 
     torch.testing.assert_close(gather(again._parts)[1], whole.score, rtol=1e-4, atol=1e-6)
     expected = roc_auc_score(tester.lightning_module.scores.label, whole.score)

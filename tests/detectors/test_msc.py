@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from panda_lightning import MSC, Backbone, pixels
+from panda_lightning import MSC, Backbone
+from panda_lightning.networks import augment
 from tests.detectors.test_panda import data, trainer
 
 
@@ -30,7 +31,7 @@ def test_training_is_a_plain_loop_over_two_views(folder, tmp_path, angular):
     centre = centre / centre.norm() if angular else centre
     params = backbone.adapted()
     for index, numbers in drawn:
-        views = [space(pixels.random_view(images[index], numbers[:, part])) for part in (slice(13), slice(13, 26))]
+        views = [space(augment.random_view(images[index], numbers[:, part])) for part in (slice(13), slice(13, 26))]
         shifted = [(f - centre) / (f - centre).norm() for v in views for f in v]
         loss, n = torch.zeros(()), len(shifted)
         for i in range(n):

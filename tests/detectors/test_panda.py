@@ -10,9 +10,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from torch import nn
 
-from panda_lightning import PANDA, Backbone, ImageFolder, PandaError, fisher
-from panda_lightning.backbones import BUNDLED
+from panda_lightning import PANDA, Backbone, ImageFolder, PandaError
 from panda_lightning.datamodules.base import ShardedSampler
+from panda_lightning.formulas import fisher
+from panda_lightning.networks.backbones import BUNDLED
 from tests.conftest import make_folder, picture
 
 

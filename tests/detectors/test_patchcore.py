@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from panda_lightning import Backbone, PatchCore
+from panda_lightning.networks.pyramid import pyramid
 from tests.detectors.test_segmentation import mvtec, trainer
 
 
@@ -11,7 +12,7 @@ from tests.detectors.test_segmentation import mvtec, trainer
 def patches(loader):
     """Patch features (N, h, w, C) of levels 2 and 3, each averaged over its neighbours by a loop, float64."""
     backbone = Backbone.pretrained("panda_tiny", adapt_stages=0)
-    columns = zip(*(backbone.pyramid(batch["image"], (2, 3)) for batch in loader), strict=True)
+    columns = zip(*(pyramid(backbone, batch["image"], (2, 3)) for batch in loader), strict=True)
     joined = []
     for level in (torch.cat(column).double() for column in columns):
         averaged = torch.zeros_like(level)

@@ -74,21 +74,18 @@ def test_maps_are_smoothed_as_by_scipy():
     assert torch.equal(SPADE("panda_tiny", sigma=0.0)._smoothed(maps), maps)
 
 
-class Halving(nn.Module):
+def halving(backbone, images, levels, pooled=False):
     """Stands for a network that sees nothing beyond a pixel: tiles change nothing."""
-
-    num_features = 3
-
-    def pyramid(self, images, levels, pooled=False):
-        x = images.float()
-        maps = [nn.functional.avg_pool2d(x, 2**level) for level in levels]
-        return [*maps, x.mean(dim=(2, 3))] if pooled else maps
+    x = images.float()
+    maps = [nn.functional.avg_pool2d(x, 2**level) for level in levels]
+    return [*maps, x.mean(dim=(2, 3))] if pooled else maps
 
 
-def test_tiles_are_put_together_where_they_were():
+def test_tiles_are_put_together_where_they_were(monkeypatch):
+    monkeypatch.setattr("panda_lightning.detectors.segmentation.pyramid", halving)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole, tiled = SPADE("x"), SPADE("x", tile=16)
-    whole.backbone = tiled.backbone = Halving()
+    whole.backbone = tiled.backbone = nn.Identity()
     for a, b in zip(whole.pyramid(images, pooled=True), tiled.pyramid(images, pooled=True), strict=True):
         torch.testing.assert_close(a, b)
 

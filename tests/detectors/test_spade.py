@@ -5,6 +5,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from panda_lightning import SPADE, Backbone, PandaError
+from panda_lightning.networks.pyramid import pyramid
 from tests.detectors.test_segmentation import mvtec, trainer
 
 
@@ -12,7 +13,7 @@ from tests.detectors.test_segmentation import mvtec, trainer
 def pyramids(loader, levels):
     """Pooled features (N, D) and maps (N, C, h, w) of each level, float64."""
     backbone = Backbone.pretrained("panda_tiny", adapt_stages=0)
-    batches = [backbone.pyramid(batch["image"], levels, pooled=True) for batch in loader]
+    batches = [pyramid(backbone, batch["image"], levels, pooled=True) for batch in loader]
     *maps, pooled = (torch.cat(column).double().numpy() for column in zip(*batches, strict=True))
     return pooled, maps
 

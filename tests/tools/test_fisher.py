@@ -7,7 +7,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from panda_lightning import Backbone, fisher
+from panda_lightning import Backbone
+from panda_lightning.formulas import fisher
 from panda_lightning.tools import fisher as tool
 from panda_lightning.tools import main
 from tests.conftest import picture

@@ -14,7 +14,7 @@ from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.features import gather
+from panda_lightning.runtime.features import gather
 from panda_lightning.types import Batch
 
 

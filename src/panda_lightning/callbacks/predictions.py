@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
-from panda_lightning.features import gather
+from panda_lightning.runtime.features import gather
 from panda_lightning.types import Batch
 
 

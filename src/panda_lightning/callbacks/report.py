@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.metrics import auroc
+from panda_lightning.formulas.metrics import auroc
 
 Row = dict[str, float]
 

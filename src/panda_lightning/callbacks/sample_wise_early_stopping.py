@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.func import functional_call
 from typing_extensions import override
 
-from panda_lightning.checkpoints import checkpoint_folder
-from panda_lightning.features import gather
-from panda_lightning.knn import KNNIndex
-from panda_lightning.metrics import auroc
+from panda_lightning.formulas.metrics import auroc
+from panda_lightning.runtime.checkpoints import checkpoint_folder
+from panda_lightning.runtime.features import gather
+from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from panda_lightning.checkpoints import checkpoint_folder
+from panda_lightning.runtime.checkpoints import checkpoint_folder
 from panda_lightning.types import Batch, PandaError
 
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from panda_lightning.datamodules.images import Images, View
-from panda_lightning.knn import KNNIndex
+from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import PandaError
 
 

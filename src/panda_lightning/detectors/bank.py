@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.backbones import Optimize
 from panda_lightning.callbacks import RebuildIndex
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.features import gather
-from panda_lightning.knn import Backend, KNNIndex, ShardedIndex
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.features import gather
+from panda_lightning.search.knn import Backend, KNNIndex
+from panda_lightning.search.sharded import ShardedIndex
 from panda_lightning.types import Scores
 
 

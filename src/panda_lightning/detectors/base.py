@@ -13,12 +13,12 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning import metrics
 from panda_lightning.callbacks import Health, Media, Predictions, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
-from panda_lightning.checkpoints import WholeCheckpointIO
-from panda_lightning.features import gather
-from panda_lightning.loggers import AutoWandbLogger
+from panda_lightning.formulas import metrics
+from panda_lightning.runtime.checkpoints import WholeCheckpointIO
+from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.loggers import AutoWandbLogger
 from panda_lightning.types import Batch, PandaError, Scores
 
 

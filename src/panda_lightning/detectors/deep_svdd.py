@@ -9,10 +9,11 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from panda_lightning import losses, pixels
 from panda_lightning.detectors.base import Detector, seeded
-from panda_lightning.features import extract, gather, on_device
-from panda_lightning.networks import deep_svdd_networks
+from panda_lightning.formulas import losses
+from panda_lightning.networks import augment
+from panda_lightning.networks.scratch import deep_svdd_networks
+from panda_lightning.runtime.features import extract, gather, on_device
 from panda_lightning.types import Batch, PandaError
 
 
@@ -98,7 +99,7 @@ class DeepSVDD(Detector):
         assert self.range is not None
         images = batch["image"] if self.channels == 3 else batch["image"].float().mean(dim=1, keepdim=True)
         low, high = self.range
-        scaled = (pixels.contrast_normalize(images) - low) / (high - low)
+        scaled = (augment.contrast_normalize(images) - low) / (high - low)
         return scaled.to(next(self.encoder.parameters()).dtype)
 
     def embed(self, batch: Batch) -> Tensor:

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.bank import BankDetector
-from panda_lightning.features import extract
-from panda_lightning.knn import Backend
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.features import extract
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning import losses, pixels
-from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.panda import PANDA
-from panda_lightning.knn import Backend
+from panda_lightning.formulas import losses
+from panda_lightning.networks import augment
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch
 
 
@@ -84,8 +85,8 @@ class MSC(PANDA):
     def loss_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         assert self.centre is not None
         centre = F.normalize(self.centre, dim=0) if self.angular else self.centre
-        draws = self.draws(batch, 2 * pixels.VIEW_DRAWS).view(len(batch["image"]), 2, -1).unbind(dim=1)
-        views = torch.cat([pixels.random_view(batch["image"], part) for part in draws])
+        draws = self.draws(batch, 2 * augment.VIEW_DRAWS).view(len(batch["image"]), 2, -1).unbind(dim=1)
+        views = torch.cat([augment.random_view(batch["image"], part) for part in draws])
         features = self.loss_space(self.backbone(views).float()).view(2, len(views) // 2, -1).transpose(0, 1)
         features = self.of_all(features, batch["index"])  # every image is set against all of the step
         first, second = features.unbind(dim=1)

@@ -10,11 +10,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning import metrics, pixels
-from panda_lightning.backbones import Optimize
 from panda_lightning.callbacks import RebuildIndex
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.features import extract, on_device
+from panda_lightning.formulas import metrics
+from panda_lightning.networks import augment
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.features import extract, on_device
 from panda_lightning.types import Batch, PandaError
 
 Array = npt.NDArray[np.float64]
@@ -96,7 +97,7 @@ class OCSVM(PretrainedDetector):
         if self.inputs == "backbone":
             return super().embed(batch)
         images = batch["image"]
-        x = images / 127.5 - 1 if self.inputs == "pixels" else pixels.contrast_normalize(images)
+        x = images / 127.5 - 1 if self.inputs == "pixels" else augment.contrast_normalize(images)
         return x.flatten(1)
 
     @override

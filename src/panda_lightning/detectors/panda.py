@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning import fisher, losses
-from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.dn2 import DN2
-from panda_lightning.features import on_device
-from panda_lightning.knn import Backend
+from panda_lightning.formulas import fisher, losses
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.features import on_device
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.backbones import Optimize
-from panda_lightning.coreset import greedy_coreset
 from panda_lightning.detectors.segmentation import SegmentationDetector, resized
-from panda_lightning.features import on_device
-from panda_lightning.knn import Backend
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.features import on_device
+from panda_lightning.search.coreset import greedy_coreset
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 

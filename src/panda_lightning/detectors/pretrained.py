@@ -9,9 +9,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.backbones import Backbone, Optimize
 from panda_lightning.detectors.base import Detector
-from panda_lightning.prefix_cache import cache_prefix
+from panda_lightning.networks.backbones import Backbone, Optimize
+from panda_lightning.runtime.prefix_cache import cache_prefix
 from panda_lightning.types import Batch, PandaError
 
 

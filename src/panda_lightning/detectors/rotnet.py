@@ -9,9 +9,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
-from panda_lightning import pixels
 from panda_lightning.detectors.base import Detector
-from panda_lightning.networks import Dropout, WideResNet
+from panda_lightning.networks import augment
+from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch
 
 HEADS = {"rotation": 4, "x_shift": 3, "y_shift": 3}
@@ -56,7 +56,7 @@ class MultiHeadRotNet(Detector):
     def logits(self, images: Tensor, transform: Tensor) -> tuple[Tensor, ...]:
         """Each head's logits (B, 4), (B, 3), (B, 3) for images (B, 3, S, S) uint8 after the transforms (B, 3)."""
         shift = images.shape[-1] // 4  # 8 pixels of 32
-        turned = pixels.turn_and_shift(
+        turned = augment.turn_and_shift(
             images, transform[:, 0], (transform[:, 1] - 1) * shift, (transform[:, 2] - 1) * shift
         )
         x = turned.to(self.head.weight.dtype) / 127.5 - 1
@@ -75,11 +75,11 @@ class MultiHeadRotNet(Detector):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = self.real_images(batch)
-        draws = self.draws(batch, pixels.CROP_DRAWS + len(HEADS))
+        draws = self.draws(batch, augment.CROP_DRAWS + len(HEADS))
         torch.manual_seed(self.steps_trained)  # dropout, also after a resume
-        images = pixels.crop_and_flip(batch["image"], draws[:, : pixels.CROP_DRAWS], padding=4)
+        images = augment.crop_and_flip(batch["image"], draws[:, : augment.CROP_DRAWS], padding=4)
         kinds = torch.tensor(list(HEADS.values()), device=self.device)
-        transform = (draws[:, pixels.CROP_DRAWS :] * kinds).long()
+        transform = (draws[:, augment.CROP_DRAWS :] * kinds).long()
         terms = {}
         for name, head, true in zip(HEADS, self.logits(images, transform), transform.T, strict=True):
             errors = F.cross_entropy(head, true, reduction="none") / len(HEADS)

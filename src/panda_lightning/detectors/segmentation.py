@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 from typing_extensions import override
 
-from panda_lightning.backbones import Optimize
 from panda_lightning.callbacks import AnomalyMaps
 from panda_lightning.detectors.bank import BankDetector
-from panda_lightning.features import extract
-from panda_lightning.knn import Backend
-from panda_lightning.metrics import PixelHistogram, PixelMetrics
-from panda_lightning.processes import of_each, world_size
+from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.pyramid import level_pieces, pyramid
+from panda_lightning.runtime.features import extract
+from panda_lightning.runtime.processes import of_each, world_size
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 
@@ -106,7 +107,7 @@ class SegmentationDetector(BankDetector):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.backbone.level_pieces(self.levels)  # what the network lacks is said before images are decoded
+        level_pieces(self.backbone, self.levels)  # what the network lacks is said before images are decoded
         size, tile = self.data.image_size, self.tile or self.data.image_size
         if size % tile or tile < self.backbone.stride:
             raise PandaError(
@@ -119,7 +120,7 @@ class SegmentationDetector(BankDetector):
         tile = self.tile or images.shape[-1]
         n = images.shape[-1] // tile
         tiles = images.view(-1, 3, n, tile, n, tile).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, tile, tile)
-        found = [f.float() for f in self.backbone.pyramid(tiles, self.levels, pooled)]
+        found = [f.float() for f in pyramid(self.backbone, tiles, self.levels, pooled)]
         maps, rest = found[: len(self.levels)], found[len(self.levels) :]
         return [*(_stitched(m, n) for m in maps), *(p.view(-1, n * n, p.shape[1]).mean(dim=1) for p in rest)]
 

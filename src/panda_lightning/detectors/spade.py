@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.backbones import Optimize
 from panda_lightning.detectors.segmentation import SegmentationDetector, resized
-from panda_lightning.knn import Backend, KNNIndex
+from panda_lightning.networks.backbones import Optimize
+from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 

@@ -1,0 +1,1 @@
+"""What papers write as formulas: losses, metrics, the Fisher diagonal."""

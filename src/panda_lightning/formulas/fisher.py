@@ -1,0 +1,299 @@
+"""The Fisher-information diagonal of the pretraining task, which weights EWC."""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from panda_lightning.networks.backbones import Backbone
+from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.types import Batch, PandaError
+
+Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
+
+
+class Estimator:
+    r"""Adds up the squared gradients of the log-likelihood of labels, image by image or batch by batch.
+
+    .. math:: F_i = \frac1N \sum_n \left( \partial_{\theta_i} \log p_\theta(y_n | x_n) \right)^2
+
+    With true labels this is the empirical Fisher of PANDA section 3.3; with labels drawn from the classifier's own
+    softmax, y_n ~ p(. | x_n), the Fisher information itself, which needs no labels. With ``group`` B > 1 the gradient
+    is that of the mean over B images, and N counts groups: about B times smaller, since a mean of B independent
+    gradients has a B-th of their variance. Lambda means something only together with this convention.
+
+    Args:
+        backbone: A network with its pretrained classifier, on the images' device.
+        group: Images behind each gradient that is squared.
+        memory_mb: Roughly the memory that the gradients of one chunk of images may take, in MiB.
+        seed: Of the drawn labels; label n depends on it and on the image's index only, not on batches or processes.
+
+    Raises:
+        PandaError: If the backbone has no classifier.
+    """
+
+    def __init__(self, backbone: Backbone, group: int = 1, memory_mb: int = 1024, seed: int = 0) -> None:
+        require_classifier(backbone)
+        self.backbone, self.group, self.seed = backbone, group, seed
+        self.params = {name: p.detach() for name, p in backbone.adapted().items()}
+        size = sum(p.numel() for p in self.params.values())
+        self.chunk = max(1, memory_mb * 2**20 // (4 * 3 * size))  # the gradients, their squares, and the work between
+        self.total = {n: p.new_zeros(p.shape, dtype=_at_least_float32(p.dtype)) for n, p in self.params.items()}
+        self.count = torch.zeros((), dtype=torch.float64, device=backbone.mean.device)
+        self._classify = _Classify(backbone)
+        self._vectorised = self.count.is_cuda  # on a CPU one image after the other is faster (experiments/RESULTS.md)
+
+    def add(self, batch: Batch, true_labels: bool = False) -> None:
+        """Count the images of a batch; those of index -1 are left out, as is what is left of the last whole group.
+
+        Args:
+            batch: Its label is the number of the classifier's class where ``true_labels``.
+            true_labels: Take the batch's labels in place of drawn ones.
+        """
+        real = batch["index"] >= 0
+        if not real.any():
+            return
+        with torch.no_grad():
+            hidden = self.backbone.prefix(batch["image"][real])
+            labels = batch["label"][real]
+            if not true_labels:
+                probabilities = self.backbone.logits(hidden).float().softmax(dim=1)
+                labels = _draw(probabilities, batch["index"][real], self.seed)
+        rows = self.chunk if self.group == 1 else self.group
+        for some_hidden, some_labels in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True):
+            if self.group == 1:
+                self._add_each(some_hidden, some_labels)
+            elif len(some_hidden) == self.group:
+                self._add_mean(some_hidden, some_labels)
+
+    def _add_each(self, hidden: Tensor, labels: Tensor) -> None:
+        if self._vectorised:
+            try:
+                per_sample = vmap(grad(self._log_likelihood), in_dims=(None, 0, 0))
+                gradients = per_sample(self.params, hidden.unsqueeze(1), labels.unsqueeze(1))
+            except RuntimeError as error:  # an operation of this network has no vectorised form
+                rank_zero_info(f"Gradients are taken one image after the other: {str(error).splitlines()[0]}")
+                self._vectorised = False
+            else:
+                for name, gradient in gradients.items():
+                    self.total[name] += gradient.square().sum(dim=0)
+                self.count += len(hidden)
+                return
+        for image, label in zip(torch.split(hidden, 1), torch.split(labels, 1), strict=True):
+            self._add_mean(image, label)
+
+    def _add_mean(self, hidden: Tensor, labels: Tensor) -> None:
+        for name, gradient in grad(self._log_likelihood)(self.params, hidden, labels).items():
+            self.total[name].addcmul_(gradient, gradient)
+        self.count += 1
+
+    def _log_likelihood(self, params: Diagonal, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = functional_call(self._classify, {f"backbone.model.{n}": p for n, p in params.items()}, (hidden,))
+        return -F.cross_entropy(logits.to(_at_least_float32(logits.dtype)), labels)
+
+    def sums(self) -> tuple[Diagonal, Tensor]:
+        """Sums of the squares and their number over all processes, each of which must call it."""
+        total, count = {name: t.clone() for name, t in self.total.items()}, self.count.clone()
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (count, *total.values()):
+                dist.all_reduce(tensor)
+        return total, count
+
+    def diagonal(self) -> Diagonal:
+        """The estimate, shaped like the adapted parameters, the same on every process."""
+        total, count = self.sums()
+        return {name: (t / count).float() for name, t in total.items()}
+
+
+def estimate(backbone: Backbone, batches: Iterable[Batch], memory_mb: int = 1024, seed: int = 0) -> Diagonal:
+    """Estimate the diagonal from images alone: per image, labels drawn (see Estimator).
+
+    Args:
+        backbone: See Estimator.
+        batches: Each process its share of the images, on the backbone's device; index -1 is left out.
+        memory_mb: See Estimator.
+        seed: See Estimator.
+    """
+    estimator = Estimator(backbone, memory_mb=memory_mb, seed=seed)
+    for batch in batches:
+        estimator.add(batch)
+    return estimator.diagonal()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def require_classifier(backbone: Backbone) -> None:
+    """Refuse a network that cannot draw labels."""
+    if backbone.num_classes == 0:
+        raise PandaError(
+            f"fisher=auto draws labels from the pretrained classifier, and {backbone.architecture} has none here: "
+            "use fisher=FILE or fisher=ones."
+        )
+
+
+class _Classify(nn.Module):
+    """The adapted layers and the classifier as the forward that functional_call needs."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.backbone.logits(hidden)
+
+
+def _draw(probabilities: Tensor, index: Tensor, seed: int) -> Tensor:
+    """Draw one class a row by inversion of its distribution function; row n's number comes from index n alone."""
+    uniform = torch.tensor(
+        [torch.rand((), generator=torch.Generator().manual_seed(seed * 2**32 + int(i))).item() for i in index]
+    ).to(probabilities)
+    below = probabilities.cumsum(dim=1) < uniform.unsqueeze(1)
+    return below.sum(dim=1).clamp(max=probabilities.shape[1] - 1)
+
+
+def from_source(source: str, backbone: Backbone, adapt_stages: int) -> Diagonal:
+    """What ``PANDA(fisher=...)`` names; empty where it must be estimated.
+
+    Args:
+        source: ``ones``; ``auto``, the diagonal beside the weights, if it is of all adapted layers; or a file.
+        backbone: The network it must fit.
+        adapt_stages: How many of its last stages are adapted.
+
+    Raises:
+        PandaError: If a file does not fit, or there is no classifier to estimate with.
+    """
+    if source == "ones":
+        return ones(backbone)
+    if source != "auto":
+        return load(source, backbone)
+    beside = backbone.fisher_file
+    if beside is not None and adapt_stages <= int(header(beside).get("adapt_stages", adapt_stages)):
+        rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {beside}")
+        return load(str(beside), backbone)
+    require_classifier(backbone)
+    return {}
+
+
+def kept_or_estimated(path: Path, backbone: Backbone, batches: Iterable[Batch], strategy: Strategy) -> Diagonal:
+    """The estimate from images alone that an earlier run kept, or a new one, which is kept for later runs.
+
+    Args:
+        path: See cache_path; that of process 0 counts.
+        backbone: See Estimator.
+        batches: See estimate; not asked for where the file is there.
+        strategy: By which the processes agree.
+    """
+    path = strategy.broadcast(path)
+    rank_zero_info(
+        "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
+        f"the paper takes ImageNet and its labels. Kept in {path}"
+    )
+    if not strategy.broadcast(path.is_file()):
+        diagonal = estimate(backbone, batches)
+        if strategy.is_global_zero:
+            save(diagonal, path, {"estimator": "per-sample, drawn labels"})
+        strategy.barrier()
+    return load(str(path), backbone)
+
+
+def ones(backbone: Backbone) -> Diagonal:
+    """A diagonal of ones: EWC becomes an L2 pull to the pretrained weights."""
+    return {name: torch.ones_like(p, dtype=torch.float32) for name, p in backbone.adapted().items()}
+
+
+def load(path: str, backbone: Backbone) -> Diagonal:
+    """Read a diagonal from a safetensors file of ours or of anybody, or a ``.pth`` dictionary such as the authors'.
+
+    Args:
+        path: A file that maps plain timm names to tensors; it may hold frozen layers too.
+        backbone: The network it must fit, with its pretrained weights.
+
+    Raises:
+        PandaError: If the file is not there, or its names or shapes do not fit: it lists them.
+    """
+    if not Path(path).is_file():
+        raise PandaError(f"fisher={path} is neither a file nor one of auto, ones.")
+    scale = 1.0
+    if path.endswith(".safetensors"):
+        found, made = load_file(path), header(path)
+        scale = float(made.get("scale", 1.0))
+        if made.get("weights", (own := weights_name(backbone))) != own:
+            rank_zero_warn(
+                f"fisher={path} was made for other weights of {made.get('backbone', 'a network of this form')} than "
+                f"these: EWC then guards the wrong ones. Make one with `panda fisher`."
+            )
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        rank_zero_info(
+            f"fisher={path} does not say how it was made. If by squares of gradients of batches of 32, as the authors' "
+            "seems to be, the published ewc_weight 1e4 belongs to it; with one per image, divide that by about 32."
+        )
+    known = dict(backbone.model.named_parameters())
+    adapted = backbone.adapted()
+    wrong = [f"{name} is missing" for name in adapted if name not in found]
+    wrong += [f"{name} is not in {backbone.architecture}" for name in found if name not in known]
+    wrong += [
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(known[name].shape)}"
+        for name in found
+        if name in known and found[name].shape != known[name].shape
+    ]
+    if wrong:
+        raise PandaError(
+            f"fisher={path} does not fit {backbone.architecture}: {'; '.join(wrong[:8])}"
+            f"{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}. Name a file made for this network, "
+            "or use fisher=auto."
+        )
+    return {name: found[name].float() * scale for name in adapted}
+
+
+def header(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def weights_name(backbone: Backbone) -> str:
+    """A short name of the network's weights, which the files made from them carry."""
+    return fingerprint(backbone.model.state_dict())
+
+
+def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = False) -> None:
+    """Write a safetensors file in one step, so that a killed run leaves none or a whole one.
+
+    Args:
+        diagonal: Tensors by plain names.
+        path: Of the file.
+        metadata: What it says of itself.
+        half: Write float16, divided by a power of two that the header names, so that small values are not lost.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    tensors = {name: t.cpu().contiguous() for name, t in diagonal.items()}
+    if half:
+        largest = max(float(t.max()) for t in tensors.values())
+        scale = 2.0 ** math.ceil(math.log2(largest / 2**15)) if largest > 0 else 1.0
+        tensors = {name: (t / scale).half() for name, t in tensors.items()}
+        metadata = {**metadata, "scale": repr(scale)}
+    save_file(tensors, part, metadata=metadata)
+    part.replace(path)
+
+
+def cache_path(backbone: Backbone, dataset: Any) -> Path:
+    """Where an estimate is kept: a name made of the weights, the adapted layers and the very pixels used."""
+    words = f"per-sample, drawn labels, seed 0, {list(backbone.adapted())}"
+    name = fingerprint(backbone.model.state_dict(), dataset, words)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{name}.safetensors"

@@ -1,0 +1,129 @@
+"""Every image passes the frozen layers once: what comes out is kept in memory or in a file."""
+
+import fcntl
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from panda_lightning.networks.backbones import Backbone
+from panda_lightning.runtime.features import gather, on_device
+from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.types import Batch
+
+
+def cache_prefix(
+    trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], budget: int, half: bool, folder: str | None
+) -> int:
+    """Let every image of a data set pass the frozen layers once, and keep what comes out in the data set.
+
+    It is kept on the GPU where half of its free memory holds it, else in the computer's memory, or in a file. The
+    processes share the work, and each has all of it afterwards.
+
+    Args:
+        trainer: Gives device, precision and progress bar.
+        backbone: Whose frozen layers.
+        loader: Of a data set with ``replace_pixels``: all of it in order, or this process's share.
+        budget: Bytes of memory that it may take; where it needs more, the images stay.
+        half: Keep float16, whatever the precision of the run.
+        folder: Keep it in a file of this folder, where it is found again by the same images and layers; the budget
+            then does not count, but the disk must have the space.
+
+    Returns:
+        Bytes of memory taken.
+    """
+    dataset: Any = loader.dataset
+    strategy = trainer.strategy
+    device = strategy.root_device
+    with trainer.precision_plugin.forward_context():
+        one = backbone.prefix(dataset.__getitems__([0])["image"].to(device))
+    dtype = torch.float16 if half else one.dtype  # bfloat16 where the run computes in it: nothing more is lost
+    shape, needed = (len(dataset), *one.shape[1:]), len(dataset) * one[0].numel() * dtype.itemsize
+    what = f"The frozen layers' output of {len(dataset)} images"
+    path, room = None, budget
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = fingerprint(backbone.frozen_state(), dataset, f"{dtype} {trainer.precision}")
+        path = Path(folder) / f"{backbone.architecture}-{name}.hidden"
+        room = needed if path.is_file() else shutil.disk_usage(folder).free
+    if not strategy.reduce_boolean_decision(needed <= room):
+        limit = "is free in prefix_cache_dir" if path else "is left of prefix_cache_gb"
+        rank_zero_info(
+            f"{what} would take {needed / 2**30:.1f} GiB, more than {limit} ({room / 2**30:.1f}): these images pass "
+            "all layers each time."
+        )
+        return 0
+    place = device if device.type == "cuda" and 2 * needed < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+    if path is None:
+        hidden = torch.empty(shape, dtype=dtype, device=place)
+        _fill(trainer, backbone, loader, hidden)
+    else:
+        if not strategy.reduce_boolean_decision(path.is_file()):
+            if trainer.local_rank == 0:  # the other processes of this machine map the same file
+                with _new_file(path, needed) as part:
+                    _fill(trainer, backbone, loader, _mapped(part, shape, dtype, writable=True))
+            else:
+                _fill(trainer, backbone, loader, None)
+            strategy.barrier()
+        hidden = _mapped(path, shape, dtype).to(place)
+    rank_zero_info(f"{what} is kept: {needed / 2**20:.0f} MiB {f'in {path}' if path else f'on {place}'}.")
+    dataset.replace_pixels(hidden)
+    return 0 if path else needed
+
+
+def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hidden: Tensor | None) -> None:
+    """Each process computes its share and gives it to the others; None only helps."""
+    dataset: Any = loader.dataset
+    rows = loader.batch_size or 1
+    rounds = -(-len(dataset) // (rows * trainer.world_size))  # a process may have one batch less than another
+    batches: Iterator[Batch | None] = chain(loader, repeat(None))
+    with trainer.precision_plugin.forward_context():
+        for batch in on_device(trainer, islice(batches, rounds), "Frozen layers, once", rounds):
+            parts = [(batch["index"], backbone.prefix(batch["image"]))] if batch else []
+            index, values = gather(parts)
+            if hidden is not None:
+                hidden[index.to(hidden.device)] = values.to(hidden)
+
+
+@contextmanager
+def _new_file(path: Path, size: int) -> Iterator[Path]:
+    """A file that gets its name when it is complete; its space is taken beforehand, so that the disk cannot fill up."""
+    _remove_orphans(path.parent)
+    handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)  # several machines may write to one disk
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as long as this process lives
+            os.posix_fallocate(file.fileno(), 0, size)
+            yield part
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Files that killed processes left unfinished: nobody holds their lock, and they are not of this minute."""
+    for part in folder.glob("*.part"):
+        try:
+            with part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(file.fileno()).st_mtime > 60:
+                    part.unlink()
+        except OSError:
+            continue  # somebody's, or gone by now
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool = False) -> Tensor:
+    return torch.from_file(str(path), shared=writable, size=math.prod(shape), dtype=dtype).view(shape)

@@ -1,0 +1,1 @@
+"""Nearest neighbours, and the choice of what to search among."""

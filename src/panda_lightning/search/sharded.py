@@ -1,0 +1,67 @@
+"""The search of a bank in parts, one on each process."""
+
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from panda_lightning.runtime.processes import of_each, world_size
+from panda_lightning.search.knn import KNNIndex
+
+
+class ShardedIndex(KNNIndex):
+    """The same search where each process holds a part of the bank: row i of process r is row i * world + r of it.
+
+    Each searches its part for the queries of all, and keeps of all answers the k best to its own. So all must search at
+    the same time; one that has no more queries calls ``serve``. ``fit`` and ``search`` give what KNNIndex gives.
+    """
+
+    @override
+    def fit(self, bank: Tensor) -> Self:
+        sums = torch.cat([bank.sum(dim=0, dtype=torch.float64), bank.new_tensor([len(bank)], dtype=torch.float64)])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        self._size = int(sums[-1])
+        return self._take(bank, sums[:-1] / sums[-1])
+
+    @override
+    def __len__(self) -> int:
+        return self._size
+
+    @override
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self._check(k)
+        if world_size() == 1:
+            return self._search(queries, k)
+        found = self._round(queries.detach().float(), k) if len(queries) else None
+        return found or (queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long))
+
+    def serve(self) -> None:
+        """Search for other processes until none has queries; every process calls it when it has no more."""
+        while world_size() > 1 and self._round(self._mean.new_empty(0, len(self._mean)), 0):
+            pass
+
+    def _round(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """One search of all processes; None if none has queries."""
+        world, rank = world_size(), dist.get_rank()
+        wanted = of_each(torch.tensor([len(queries), k], device=queries.device))
+        most, k = wanted.amax(dim=0).tolist()
+        if not most:
+            return None
+        padded = queries.new_zeros(most, queries.shape[1])
+        padded[: len(queries)] = queries
+        everyone = of_each(padded).flatten(0, 1)
+        distance = queries.new_full((len(everyone), k), torch.inf)
+        row = torch.zeros(distance.shape, dtype=torch.long, device=queries.device)
+        assert self._bank is not None
+        near = min(k, self._rows)
+        if near:
+            distance[:, :near], rows = self._search(everyone, near)
+            row[:, :near] = rows * world + rank
+        # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
+        answers = (of_each(t).view(world, world, most, k)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
+        distance, row = (t[: len(queries)] for t in answers)
+        best, order = distance.topk(k, largest=False, sorted=True)
+        return best, row.gather(1, order)

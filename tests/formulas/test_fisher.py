@@ -1,0 +1,193 @@
+import warnings
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from panda_lightning import Backbone, Batch, ImageFolder, PandaError
+from panda_lightning.formulas import fisher
+from tests.conftest import make_folder
+
+
+def make_batches(size: int, count: int, batch: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    index = torch.arange(count)
+    return [
+        {"image": i, "label": torch.zeros(len(i)), "index": n}
+        for i, n in zip(images.split(batch), index.split(batch), strict=True)
+    ]
+
+
+def plain_loop(backbone: Backbone, batches: list[Batch], seed: int) -> dict[str, torch.Tensor]:
+    """One image after the other, ordinary autograd; the label by inverting the distribution function."""
+    adapted = backbone.adapted()
+    total = {name: torch.zeros_like(p) for name, p in adapted.items()}
+    count = 0
+    for batch in batches:
+        for image, index in zip(batch["image"], batch["index"], strict=True):
+            logits = backbone.logits(backbone.prefix(image[None]))[0]
+            uniform = torch.rand((), generator=torch.Generator().manual_seed(seed * 2**32 + int(index))).item()
+            below, label = 0.0, -1
+            for p in logits.softmax(0).tolist():
+                if below < uniform:
+                    label += 1
+                below += p
+            gradients = torch.autograd.grad(-F.cross_entropy(logits[None], torch.tensor([label])), adapted.values())
+            for name, gradient in zip(adapted, gradients, strict=True):
+                total[name] += gradient**2
+            count += 1
+    return {name: t / count for name, t in total.items()}
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("name", ["panda_tiny", "mobilenetv2_035", "vit_tiny_patch16_224"])
+def test_estimate_is_that_of_a_plain_loop(name, vectorised):
+    torch.manual_seed(0)
+    if name == "panda_tiny":
+        backbone = Backbone.pretrained(name)
+    else:
+        backbone = Backbone(timm.create_model(name, num_classes=6, **({"img_size": 32} if "vit" in name else {})), 1)
+    backbone.double()
+    batches = make_batches(32, 7, 3)
+    estimator = fisher.Estimator(backbone)
+    estimator._vectorised = vectorised
+    for batch in batches:
+        estimator.add(batch)
+    total, count = estimator.sums()
+    expected = plain_loop(backbone, batches, seed=0)
+    assert list(total) == list(backbone.adapted())
+    assert count == 7
+    for key, value in expected.items():
+        torch.testing.assert_close(total[key] / count, value, rtol=1e-6, atol=float(value.max()) * 1e-9)
+        torch.testing.assert_close(estimator.diagonal()[key], value.float(), rtol=1e-5, atol=1e-30)
+
+
+def test_groups_square_the_gradient_of_their_mean_and_are_smaller():
+    backbone = Backbone.pretrained("panda_tiny").double()
+    (batch,) = make_batches(32, 70, 70)
+    batch["label"] = torch.randint(0, 200, (70,), generator=torch.Generator().manual_seed(1))
+    each, groups = fisher.Estimator(backbone), fisher.Estimator(backbone, group=32)
+    for estimator in (each, groups):
+        estimator.add(batch, true_labels=True)
+    assert (each.count, groups.count) == (70, 2)  # six are left over
+    adapted = backbone.adapted()
+    expected = {name: torch.zeros_like(p) for name, p in adapted.items()}
+    for rows in (slice(0, 32), slice(32, 64)):
+        logits = backbone.logits(backbone.prefix(batch["image"][rows]))
+        gradients = torch.autograd.grad(F.cross_entropy(logits, batch["label"][rows]), adapted.values())
+        for name, gradient in zip(adapted, gradients, strict=True):
+            expected[name] += gradient**2 / 2
+    for name, value in groups.diagonal().items():
+        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=0)
+
+
+def test_an_operation_without_vectorised_form_falls_back_to_the_loop(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("vmap: no batching rule")
+
+    backbone, batches = Backbone.pretrained("panda_tiny"), make_batches(32, 3, 3)
+    expected = fisher.estimate(backbone, batches)
+    estimator = fisher.Estimator(backbone)
+    estimator._vectorised = True
+    monkeypatch.setattr(fisher, "vmap", refuse)
+    with caplog.at_level("INFO"):
+        estimator.add(batches[0])
+    assert "one image after the other: vmap: no batching rule" in caplog.text
+    for name, value in estimator.diagonal().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * float(value.max()))
+
+
+def test_half_files_keep_small_values(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: 10 ** (-9 * torch.rand_like(p)) * 1e-3 for name, p in backbone.adapted().items()}
+    fisher.save(diagonal, tmp_path / "f.safetensors", {"estimator": "a test"}, half=True)
+    assert (tmp_path / "f.safetensors").stat().st_size < 1.1 * 2 * sum(t.numel() for t in diagonal.values())
+    for name, value in fisher.load(str(tmp_path / "f.safetensors"), backbone).items():
+        torch.testing.assert_close(value, diagonal[name], rtol=2e-2, atol=0)
+
+
+def test_a_file_of_other_weights_warns(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    fisher.save(diagonal, tmp_path / "f.safetensors", {"weights": fisher.weights_name(backbone)})
+    with warnings.catch_warnings(action="error"):
+        fisher.load(str(tmp_path / "f.safetensors"), backbone)
+    with torch.no_grad():
+        next(iter(backbone.adapted().values())).add_(1e-3)
+    with pytest.warns(UserWarning, match="was made for other weights"):
+        fisher.load(str(tmp_path / "f.safetensors"), backbone)
+
+
+def test_estimate_depends_neither_on_batches_nor_on_chunks_nor_on_fillers():
+    backbone = Backbone.pretrained("panda_tiny")
+    whole = fisher.estimate(backbone, make_batches(32, 6, 6))
+    parts = make_batches(32, 6, 4)
+    parts.append({**parts[0], "index": torch.full_like(parts[0]["index"], -1)})
+    split = fisher.estimate(backbone, parts, memory_mb=0)
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], rtol=1e-4, atol=float(whole[name].max()) * 1e-6)
+
+
+def test_drawn_labels_follow_the_softmax():
+    probabilities = torch.tensor([[0.1, 0.6, 0.3]]).repeat(4000, 1)
+    labels = fisher._draw(probabilities, torch.arange(4000), seed=0)
+    frequency = labels.bincount(minlength=3) / 4000
+    assert torch.allclose(frequency, probabilities[0], atol=0.03)
+
+
+def test_a_backbone_without_classifier_is_refused():
+    backbone = Backbone(timm.create_model("resnet18", num_classes=0), 2)
+    with pytest.raises(PandaError, match="resnet18 has none here: use fisher=FILE or fisher=ones"):
+        fisher.estimate(backbone, [])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_files_are_read_by_plain_names(tmp_path, suffix):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    path = tmp_path / f"fisher.{suffix}"
+    extra = {"conv1.0.weight": torch.ones_like(backbone.model.get_parameter("conv1.0.weight"))}  # a frozen layer
+    if suffix == "pth":
+        torch.save({**diagonal, **extra}, path)
+    else:
+        fisher.save({**diagonal, **extra}, path, {"estimator": "a test"})
+    loaded = fisher.load(str(path), backbone)
+    assert list(loaded) == list(backbone.adapted())
+    assert all(torch.equal(loaded[name], diagonal[name]) for name in diagonal)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_files_that_do_not_fit_are_refused_with_a_list(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    first, second, *_ = diagonal
+    del diagonal[first]
+    diagonal[second] = torch.ones(3)
+    diagonal["module.extra"] = torch.ones(1)
+    torch.save(diagonal, tmp_path / "f.pth")
+    with pytest.raises(PandaError) as error:
+        fisher.load(str(tmp_path / "f.pth"), backbone)
+    for words in (
+        f"{first} is missing",
+        f"{second} is (3,) instead of",
+        "module.extra is not in resnet10t",
+        "fisher=auto",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(PandaError, match="neither a file nor one of auto, ones"):
+        fisher.load("atuo", backbone)
+
+
+def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers(tmp_path):
+    spots = ImageFolder(str(make_folder(tmp_path / "a")), image_size=32, normal_class="spot")
+    data, other = (loader().dataset for loader in (spots.normal_dataloader, spots.val_dataloader))
+    one, two = Backbone.pretrained("panda_tiny", adapt_stages=2), Backbone.pretrained("panda_tiny", adapt_stages=1)
+    path = fisher.cache_path(one, data)
+    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), data)
+    assert path != fisher.cache_path(one, other)
+    assert path != fisher.cache_path(two, data)
+    with torch.no_grad():
+        next(one.parameters())[0, 0, 0, 0] += 1e-3
+    assert path != fisher.cache_path(one, data)

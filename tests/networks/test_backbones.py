@@ -1,0 +1,217 @@
+import json
+import shutil
+import socket
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms.functional import normalize
+
+from panda_lightning import Backbone, PandaError
+from panda_lightning.networks.backbones import TRUNKS
+
+FAMILIES = {  # name: (input size, first adapted parameter, last adapted parameter) with adapt_stages=2
+    "resnet18": (64, "layer3.0.conv1.weight", "layer4.1.bn2.bias"),
+    "wide_resnet50_2": (64, "layer3.0.conv1.weight", "layer4.2.bn3.bias"),
+    "resnext50_32x4d": (64, "layer3.0.conv1.weight", "layer4.2.bn3.bias"),
+    "mobilenetv2_050": (64, "blocks.5.0.conv_pw.weight", "bn2.bias"),
+    "efficientnet_b0": (64, "blocks.5.0.conv_pw.weight", "bn2.bias"),
+    "mobilenetv3_small_050": (64, "blocks.4.0.conv_pw.weight", "conv_head.bias"),
+    "regnetx_002": (64, "s3.b1.conv1.conv.weight", "s4.b7.conv3.bn.bias"),
+    "convnext_atto": (64, "stages.2.downsample.0.weight", "head.norm.bias"),
+    "vit_tiny_patch16_224": (224, "blocks.10.norm1.weight", "norm.bias"),
+}
+
+
+def made(name: str, adapt_stages: int = 2, **options: str) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(timm.create_model(name, num_classes=5), adapt_stages, **options)
+
+
+def test_every_supported_family_is_tested():
+    tested = {type(timm.create_model(name)).__name__ for name in FAMILIES}
+    assert tested == set(TRUNKS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefix_and_suffix_are_timms_own_forward(name):
+    size, first, last = FAMILIES[name]
+    backbone = made(name)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    model = backbone.model
+    x = normalize(images / 255, backbone.mean.flatten().tolist(), backbone.std.flatten().tolist())
+    with torch.no_grad():
+        hidden = backbone.prefix(images)
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(backbone.suffix(hidden), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(backbone(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(backbone.logits(hidden), model(x), rtol=1e-4, atol=1e-5)
+    adapted = list(backbone.adapted())
+    assert (adapted[0], adapted[-1]) == (first, last)
+
+
+def test_weights_beside_a_network_with_its_own_are_refused(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(PandaError, match=r"weights=.* goes with the name of a timm architecture; backbone=panda_tiny"):
+        Backbone.pretrained("panda_tiny", weights=str(file))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_adapted_parameters_lie_behind_the_split(name):
+    backbone = made(name)
+    size = FAMILIES[name][0]
+    hidden = backbone.prefix(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
+    assert not hidden.requires_grad
+    backbone.suffix(hidden).square().sum().backward()
+    for param_name, p in backbone.model.named_parameters():
+        assert (p.grad is not None) == (param_name in backbone.adapted()), param_name
+
+
+def test_stages_are_counted_from_the_end():
+    assert not made("resnet18", 0).adapted()
+    assert next(iter(made("resnet18", 1).adapted())) == "layer4.0.conv1.weight"
+    assert next(iter(made("resnet18", 4).adapted())) == "layer1.0.conv1.weight"
+    with pytest.raises(PandaError, match="adapt_stages=5 does not fit resnet18, which has 4 stages"):
+        made("resnet18", 5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("optimize", ["channels_last", "folded"])
+def test_levels_of_optimize_agree(name, optimize):
+    torch.manual_seed(0)
+    plain = made(name, optimize="plain")
+    other = made(name, optimize=optimize)
+    images = torch.randint(0, 256, (3, 3, FAMILIES[name][0], FAMILIES[name][0]), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), plain(images), rtol=1e-4, atol=1e-5)
+    assert other.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_agrees_and_trains():
+    plain, compiled = (Backbone.pretrained("panda_tiny", optimize=level) for level in ("plain", "compiled"))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    for backbone in (plain, compiled):
+        backbone(images).square().sum().backward()
+    torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
+    for name, p in plain.adapted().items():
+        torch.testing.assert_close(compiled.adapted()[name].grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.max()))
+
+
+def test_folded_layers_follow_weights_that_are_loaded_later():
+    backbone = made("resnet18")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    backbone(images)
+    other = made("resnet18", optimize="plain")
+    with torch.no_grad():
+        other.model.bn1.running_var *= 3
+        other.model.conv1.weight *= 2
+        backbone.load_state_dict(other.state_dict())
+        torch.testing.assert_close(backbone(images), other(images), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        backbone.model.bn1.running_mean += 1
+        inside = backbone(images)
+    assert torch.equal(backbone.prefix(images), backbone.prefix(images))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), inside)
+        assert not torch.allclose(inside, other(images))
+
+
+def test_batchnorm_stays_in_eval_mode():
+    backbone = made("resnet18")
+    assert not any(m.training for m in nn.ModuleList([backbone]).train().modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_the_bundled_network_loads_without_network(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", _no_network)
+    backbone = Backbone.pretrained("panda_tiny")
+    assert (backbone.architecture, backbone.num_classes, backbone.stride) == ("resnet10t", 200, 32)
+    assert backbone.interpolation == "bicubic"
+    assert backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 256)
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_a_network_is_built_again_from_its_config_alone(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    config = json.loads(json.dumps(backbone.config))  # primitives only
+    assert "weights/panda_tiny" not in json.dumps(config)
+    again = Backbone.from_config(config, 2)
+    again.load_state_dict(backbone.state_dict())
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(again(images), backbone(images))
+    assert list(again.adapted()) == list(backbone.adapted())
+
+
+def test_local_dir_and_weights_file(tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "resnet10t", "num_classes": 7, "pretrained_cfg": {"num_classes": 7, "classifier": "fc"}}
+    config["pretrained_cfg"] |= {
+        "input_size": [3, 64, 64],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "first_conv": "conv1.0",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    backbone = Backbone.pretrained(f"local-dir:{tmp_path}")
+    model.eval()
+    expected = model.forward_head(model.forward_features(images / 255 * 2 - 1), pre_logits=True)
+    torch.testing.assert_close(backbone(images), expected, rtol=1e-4, atol=1e-5)
+
+    torch.manual_seed(2)
+    full = timm.create_model("resnet10t", num_classes=1000)
+    torch.save(full.state_dict(), tmp_path / "weights.pth")
+    backbone = Backbone.pretrained("resnet10t", weights=str(tmp_path / "weights.pth"))
+    assert torch.equal(backbone.model.get_parameter("fc.weight"), full.fc.weight)
+
+
+def test_a_vit_takes_other_image_sizes(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    backbone = Backbone.pretrained("vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"))
+    assert backbone(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).shape == (1, 192)
+    again = Backbone.from_config(backbone.config, 2)
+    assert again(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).shape == (1, 192)
+
+
+def test_missing_weights_are_an_error_that_names_the_ways_out(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", _no_network)
+    with pytest.raises(PandaError) as error:
+        Backbone.pretrained("hf-hub:panda-lightning-tests/not-there")
+    for words in ("hf-hub:panda-lightning-tests/not-there", "local-dir:FOLDER", "weights=FILE", "panda_tiny"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet20x", "backbone=resnet20x cannot be had .*Unknown model"),
+        ("resnet18.no_such_tag", "no_such_tag"),
+        ("local-dir:/nonexistent", "/nonexistent"),
+        ("/nonexistent/last.ckpt", "backbone=/nonexistent/last.ckpt is not a file"),
+        ("botnet50ts_256", "No pretrained weights exist"),  # timm has none for it: never random ones
+    ],
+)
+def test_names_that_are_none_are_refused(name, words):
+    with pytest.raises(PandaError, match=words):
+        Backbone.pretrained(name)
+
+
+def test_weights_that_are_no_file_are_refused():
+    with pytest.raises(PandaError, match="weights=/nonexistent.pth is not a file"):
+        Backbone.pretrained("resnet18", weights="/nonexistent.pth")
+
+
+def test_an_unsupported_family_names_the_supported_ones():
+    with pytest.raises(PandaError, match="VGG cannot be split .* ResNet, EfficientNet"):
+        Backbone(timm.create_model("vgg11"), 2)
+
+
+def _no_network(*args: object) -> None:
+    raise socket.gaierror(-2, "Name or service not known")

@@ -88,8 +88,10 @@ def run(root, world, name, out):
         trainer.test(detector, data(root, **options), verbose=False)
     kept = {"rows": log.rows, "score": detector.scores.score, "state": detector.state_dict(), "ses": ses.score}
     kept |= {key: getattr(detector, key, None) for key in ("centre", "radius", "steps_trained")}
-    kept["bank"] = detector.whole_bank() if hasattr(detector, "bank") else None
-    kept["part"] = len(detector.bank) if hasattr(detector, "bank") else None
+    extra = kept["state"].pop("_extra_state")
+    bank = extra["derived"].get("bank")
+    kept["bank"] = bank if isinstance(bank, torch.Tensor) else None
+    kept["part"] = len(detector.bank) if isinstance(bank, torch.Tensor) else None
     if trainer.is_global_zero:
         torch.save(kept, out / f"{name}.pt")
 

@@ -10,10 +10,11 @@ LAYERS = [
     {"types", "runtime.processes"},
     {
         "formulas.losses", "formulas.metrics", "formulas.pixel_metrics", "networks.augment", "networks.folding",
-        "networks.scratch", "runtime.checkpoints", "runtime.fingerprint", "runtime.loggers", "search.knn",
+        "networks.scratch", "runtime.checkpoints", "runtime.derived", "runtime.features", "runtime.loggers",
+        "search.knn",
     },
     {"networks.backbones", "search.coreset", "search.sharded"},
-    {"formulas.fisher", "networks.pyramid", "runtime.features"},
+    {"formulas.fisher", "networks.pyramid"},
     {"runtime.prefix_cache"},
     {"callbacks", "datamodules"},
     {"detectors", "networks.pretraining"},

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import sys
 import warnings
 from inspect import isabstract
@@ -17,7 +18,7 @@ from typing_extensions import override
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
-from panda_lightning.runtime.checkpoints import newest_whole, require_whole
+from panda_lightning.runtime.checkpoints import newest_whole, require_format, require_whole
 from panda_lightning.types import PandaError
 
 
@@ -29,7 +30,7 @@ class OneSentenceParser(LightningArgumentParser):
         "Subtypes:",
         "Errors:",
         "Expected a <class 'NoneType'>",
-        "Given value",
+        "Given value type",
         "Expected a path",
     )
 
@@ -37,7 +38,13 @@ class OneSentenceParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line.strip(" -") for line in message.splitlines()]
         sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
-        sentence = sentence.replace("Expected a typing.Literal", "expected one of ").replace("Parser key ", "")
+        for theirs, ours in (
+            ("Expected a typing.Literal", "expected one of "),
+            ("Parser key ", ""),
+            (" Given value: ", ". Got value: "),
+        ):
+            sentence = sentence.replace(theirs, ours)
+        sentence = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", sentence)
         if "is not accepted" in sentence:  # this parser is then that of the class itself
             sentence += ". Accepted are " + ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
         if "dot import path" in sentence:
@@ -49,24 +56,48 @@ class OneSentenceParser(LightningArgumentParser):
 
 
 class PandaCLI(LightningCLI):
-    """Lightning's command line, except that a checkpoint brings its network and must agree with the flags."""
+    """Lightning's command line, except that a checkpoint brings its network and must agree with what is asked for."""
 
     @override
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        self.words = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
+        asked = parser.parse_args([str(word) for word in args] if isinstance(args, list) else None, defaults=False)
+        self.asked = asked[self.config.subcommand]  # in files and by flags, without defaults
         path = self._ckpt_path
         if path == "last":
-            found = newest_whole(*self._checkpoint_folders())
-            self.config[self.config.subcommand].ckpt_path = path = None if found is None else str(found)
-            rank_zero_info(f"ckpt_path=last: {path or 'there is none yet, so this run starts anew'}")
-        if path and path not in ("best", "hpc") and "://" not in path:
-            if not Path(path).is_file():
-                raise PandaError(
-                    f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt."
-                )
-            require_whole(path)
-        self.asked = self.config.clone()
+            path = self._newest_of_this_run()
+            self.config[self.config.subcommand].ckpt_path = path
+            if path is None:
+                return
+        if path is None or path in ("best", "hpc") or "://" in path:
+            return
+        if not Path(path).is_file():
+            raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
+        require_whole(path)
+        if not self._detects:
+            return
+        differences = _differences(self.asked, _loaded(path), ("model",))
+        if differences:
+            raise PandaError(
+                f"the checkpoint {path} was made with other settings than those asked for ({'; '.join(differences)}): "
+                "leave them out, in config files too, or train anew."
+            )
+
+    def _newest_of_this_run(self) -> str | None:
+        """The newest whole checkpoint of an earlier run of this very configuration."""
+        others: list[str] = []
+
+        def suits(path: Path) -> bool:
+            if not self._detects:
+                return True
+            found = _differences(self.config[self.config.subcommand], _loaded(path), ("model", "data"))
+            others.extend([f"{path} has other settings: {'; '.join(found)}"] if found else [])
+            return not found
+
+        path = newest_whole(*self._checkpoint_folders(), suits=suits)
+        other = f" ({others[0]})" if others else ""
+        rank_zero_info(f"ckpt_path=last: {path or f'there is none of this configuration yet{other}'}")
+        return None if path is None else str(path)
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where runs of this configuration keep their checkpoints: as ModelCheckpoint says, or in the log's folders."""
@@ -82,38 +113,63 @@ class PandaCLI(LightningCLI):
         if self.config.subcommand == "predict" and self.config.predict.return_predictions is None:
             self.config.predict.return_predictions = False  # they are written, batch by batch: maps would fill memory
         # Lightning has by now laid the checkpoint's hyper-parameters over the configuration.
-        for word in self.words:
-            key = word.split("=")[0].removeprefix("--")
-            if not key.startswith("model."):
-                continue
-            key = f"{self.config.subcommand}.model.init_args.{key.split('.')[-1]}"
-            asked, loaded = self.asked.get(key), self.config.get(key)
-            if key.split(".")[-1] in Detector.COMPUTING:
-                self.config.update(asked, key)
-            elif asked != loaded:
-                raise PandaError(
-                    f"{word.split('=')[0]} asks for {asked}, but the checkpoint was made with {loaded}: leave the "
-                    "flag out, or train anew."
-                )
+        for key in Detector.COMPUTING:
+            if (asked := self.asked.get(f"model.init_args.{key}")) is not None:
+                self.config.update(asked, f"{self.config.subcommand}.model.init_args.{key}")
 
     @override
     def after_instantiate_classes(self) -> None:
         path = self._ckpt_path
-        if path and Path(path).is_file():  # so that the source of its pretrained weights is not needed
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.model.on_load_checkpoint(checkpoint)
-            before = checkpoint.get("datamodule_hyper_parameters", {})
-            for key in ("normal_class", "category", "protocol") if self.subcommand == "fit" else ():
-                if str(before.get(key)) != str(now := self.datamodule.hparams.get(key)):
-                    raise PandaError(
-                        f"data.{key} is {now}, but the checkpoint {path} was trained with {before.get(key)}: it cannot "
-                        "go on with other images."
-                    )
+        if path and Path(path).is_file() and isinstance(self.model, Detector):
+            self.model.set_extra_state(_loaded(path)[0])  # now, so that the source of its weights is not needed
+
+    @property
+    def _detects(self) -> bool:
+        """Whether the model is one of our detectors, whose checkpoints say what they were made from."""
+        name = str(self.config[self.config.subcommand].model.class_path).split(".")[-1]
+        return name in {cls.__name__ for cls in subclasses(Detector)}
 
     @property
     def _ckpt_path(self) -> str | None:
         path = self.config[self.config.subcommand].get("ckpt_path")
         return None if path is None else str(path)
+
+
+def _loaded(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The extra state of a checkpoint, and the arguments it was made with: class and init_args of model and data."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = require_format(checkpoint)
+    keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    made = {part: dict(checkpoint.get(key, {})) for part, key in keys.items()}
+    origin = state["derived"].get("origin") or {}
+    for part, name in (("model", state["detector"]), ("data", origin.get("data"))):
+        made[part].setdefault("_class_path", name)  # where it was made in Python
+    return state, made
+
+
+def _differences(wanted: Any, loaded: tuple[dict[str, Any], dict[str, Any]], parts: tuple[str, ...]) -> list[str]:
+    """Settings in which a configuration differs from a checkpoint, but for those that change no result."""
+    found = []
+    for part in parts:
+        config, made = wanted.get(part), loaded[1][part]
+        if config is None:
+            continue
+        name, before = (str(value or "").split(".")[-1] for value in (config.get("class_path"), made["_class_path"]))
+        if name and before and name != before:
+            found.append(f"{part} {name}, not {before}")
+            continue
+        free = Detector.COMPUTING if part == "model" else AnomalyDataModule.COMPUTING
+        for key, value in dict(config.get("init_args") or {}).items():
+            if key in made and key not in free and not _same(value, made[key]):
+                found.append(f"{part}.{key} {value}, not {made[key]}")
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings mean the same, however a file, a flag or Python writes them."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or (None not in (one, other) and str(one) == str(other))
 
 
 def _listed(parts: Any) -> list[Any]:

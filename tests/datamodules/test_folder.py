@@ -22,7 +22,8 @@ def test_classes_are_folders_and_files_are_sorted(folder):
 def test_a_single_training_class_is_the_normal_one(folder):
     data = ImageFolder(root=str(folder))
     data.setup("fit")
-    assert data.normal_class == "spot"
+    assert data.problem["normal_class"] == "spot"
+    assert data.normal_class is None  # other images may be put in its place
 
 
 def test_testing_needs_no_training_images(folder):

@@ -1,4 +1,5 @@
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from panda_lightning import MSC, Backbone
@@ -48,10 +49,16 @@ def test_training_is_a_plain_loop_over_two_views(folder, tmp_path, angular):
 
 
 def test_images_stay_images_for_training_and_pass_the_frozen_layers_once_for_validation(folder, tmp_path):
-    detector, module = MSC("panda_tiny"), data(folder)
-    trainer(tmp_path, epochs=1).fit(detector, module)
-    assert module.normal_dataloader().dataset.hidden is None
-    assert module.val_dataloader().dataset.hidden is not None
+    detector, module, hidden = MSC("panda_tiny"), data(folder), []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            hidden.extend(x.dataset.hidden for x in (module.normal_dataloader(), module.val_dataloader()))
+
+    trainer(tmp_path, epochs=1, callbacks=[Look()]).fit(detector, module)
+    assert hidden[0] is None
+    assert len(hidden[1]) == 13
+    assert module.val_dataloader().dataset.hidden is None  # the run is over
     assert detector.normalize
     assert detector.method == "MSC"
 

@@ -57,8 +57,8 @@ def test_grey_images_count_once(folder, tmp_path):
     detector = OCSVM(inputs="pixels")
     trainer(tmp_path).test(detector, data(folder), verbose=False)
     train = by_hand(folder, "pixels")[0][:, : 32 * 32]
-    assert detector.machine["support"].shape[1] == 32 * 32
-    assert float(detector.machine["gamma"]) == pytest.approx(1 / (32 * 32 * train.var()), rel=1e-4)
+    assert detector.bank["support"].shape[1] == 32 * 32
+    assert float(detector.bank["gamma"]) == pytest.approx(1 / (32 * 32 * train.var()), rel=1e-4)
 
 
 def test_selection_by_test_labels_is_the_best_of_the_grid_and_says_oracle(folder, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_a_tenth_selects_gamma_alone(folder, tmp_path):
             target.write_bytes((folder / "test" / kind / f"{source}.png").read_bytes())
     detector, run = OCSVM(select="tenth"), trainer(tmp_path)
     run.validate(detector, data(folder), verbose=False)
-    assert float(np.log2(detector.machine["gamma"])) in range(-10, 0)
+    assert float(np.log2(detector.bank["gamma"])) in range(-10, 0)
     assert "val/auroc_oracle" in run.callback_metrics
 
 

@@ -242,7 +242,7 @@ def test_a_stale_bank_is_rebuilt_or_refused(tmp_path):
     detector = PANDA("panda_tiny", ewc_weight=0, grad_clip=10.0)
     runner = trainer(tmp_path)
     runner.fit(detector, data(folder))
-    detector.bank_step -= 1
+    detector.bank_weights = "those of an earlier step"
     detector.bank = torch.zeros_like(detector.bank)
     runner.save_checkpoint(tmp_path / "mid.ckpt")
     again = PANDA.load_from_checkpoint(tmp_path / "mid.ckpt")
@@ -250,7 +250,7 @@ def test_a_stale_bank_is_rebuilt_or_refused(tmp_path):
     torch.testing.assert_close(again.scores.score, detector.scores.score, rtol=1e-5, atol=0)
     shutil.rmtree(folder / "train")
     again = PANDA.load_from_checkpoint(tmp_path / "mid.ckpt")
-    with pytest.raises(PandaError, match="has no bank for its weights .* are missing: .*train does not exist"):
+    with pytest.raises(PandaError, match="has no bank for its weights .* that it learned from are missing here"):
         trainer(tmp_path).test(again, data(folder), verbose=False)
 
 
@@ -267,6 +267,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, f
     ):
         runner.fit(Breaks("panda_tiny", ewc_weight=0), data(folder))
     state = torch.load(tmp_path / "ck/last.ckpt", weights_only=True)["state_dict"]
+    del state["_extra_state"]
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
 
 

@@ -108,7 +108,7 @@ def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, s
     module = mvtec(tmp_path)
     with pytest.raises(PandaError, match=sentence):
         trainer(tmp_path).test(SPADE("panda_tiny", **{"k": 2, **options}), module, verbose=False)
-    assert not module._datasets
+    assert not module._decoded
 
 
 def test_an_adapted_network_feeds_them(run, workdir):

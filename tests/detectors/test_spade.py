@@ -43,7 +43,9 @@ def test_scores_and_maps_are_a_plain_loops(tmp_path):
 
 
 def test_a_checkpoint_of_another_image_size_is_refused(tmp_path):
-    detector = SPADE("panda_tiny", k=2)
-    trainer(tmp_path).test(detector, mvtec(tmp_path), verbose=False)
-    with pytest.raises(PandaError, match=r"image_size=96 is not that of the images in the checkpoint's bank"):
-        trainer(tmp_path).test(detector, mvtec(tmp_path, image_size=96), verbose=False)
+    runner = trainer(tmp_path)
+    runner.test(SPADE("panda_tiny", k=2), mvtec(tmp_path), verbose=False)
+    runner.save_checkpoint(tmp_path / "spade.ckpt")
+    loaded = SPADE.load_from_checkpoint(tmp_path / "spade.ckpt")
+    with pytest.raises(PandaError, match=r"SPADE was made with other data than these \(image_size=96, not 64\)"):
+        trainer(tmp_path).test(loaded, mvtec(tmp_path, image_size=96), verbose=False)

@@ -103,4 +103,4 @@ def test_it_stands_in_for_lightnings_own_but_not_for_the_users(tmp_path, folder,
     trainer.fit(PANDA("panda_tiny", ewc_weight=0), data)
     assert type(trainer.strategy.checkpoint_io) is (type(plugin) if plugin else WholeCheckpointIO)
     path = trainer.checkpoint_callback.best_model_path
-    assert torch.load(path, weights_only=True)["steps"]["trained"] == 1
+    assert torch.load(path, weights_only=True)["state_dict"]["_extra_state"]["derived"]["steps_trained"] == 1

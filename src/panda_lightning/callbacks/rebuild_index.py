@@ -1,6 +1,7 @@
 """Rebuild the kNN index from features of the moment, before anything is scored."""
 
 import time
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,18 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from panda_lightning.types import PandaError
-
 
 class RebuildIndex(pl.Callback):
-    """Rebuilds bank and index before each validation of ``fit``, and where a checkpoint has none for its weights.
+    """Rebuilds bank and index before each validation of ``fit``, and where there is no bank for the weights in use.
 
     Before the first training step it also runs one whole validation: that is DN2, the untrained network, at
     ``epochs_trained`` = 0. (Lightning drops the metrics of its own sanity check.)
 
-    A detector that uses it has ``steps_trained``, ``bank_is_fresh``, ``rebuild_bank()`` and ``fit_index()``: see DN2.
+    It stands beside detectors with ``make_bank``.
     """
+
+    def __init__(self) -> None:
+        self._made = False
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -41,35 +43,35 @@ class RebuildIndex(pl.Callback):
     def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._prepare(pl_module)
 
+    def _prepare(self, detector: Any) -> int:
+        if not detector.bank_is_fresh:
+            detector.rebuild_bank()
+            self._made = True
+        return int(detector.fit_index())
+
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            self._save(trainer)
+            self._save(trainer, pl_module)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._save(trainer)
+        self._save(trainer, pl_module)
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        """Keep a bank that was made without training, and would be lost otherwise."""
+    def _save(self, trainer: pl.Trainer, detector: Any) -> None:
+        """Keep a bank that was made without training, and would be lost otherwise; beside others, never over them."""
         folder = trainer.log_dir  # asks all processes
-        if trainer.ckpt_path is None and folder:
-            path = Path(folder) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path, weights_only=True)
-            rank_zero_info(f"Network and bank saved in {path}")
+        if detector.learns or not self._made or not folder:
+            return
+        path = trainer.strategy.broadcast(_free(Path(folder) / "checkpoints" / "last.ckpt"))
+        trainer.save_checkpoint(path, weights_only=True)
+        rank_zero_info(f"Network and bank saved in {path}")
 
-    def _prepare(self, detector: Any) -> int:
-        if not detector.bank_is_fresh:
-            try:
-                detector.rebuild_bank()
-            except PandaError as error:
-                if detector.steps_trained == 0:
-                    raise
-                raise PandaError(
-                    "the checkpoint has no bank for its weights (it was saved between two validations), and the normal "
-                    f"images to make one are missing: {error}"
-                ) from error
-        return int(detector.fit_index())
+
+def _free(path: Path) -> Path:
+    """This path, or last-v1.ckpt, last-v2.ckpt, ... as Lightning's ModelCheckpoint counts."""
+    later = (path.with_stem(f"{path.stem}-v{n}") for n in count(1))
+    return next(p for p in chain([path], later) if not p.exists())
 
 
 def validate_now(trainer: pl.Trainer) -> None:

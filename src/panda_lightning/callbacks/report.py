@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich import box, get_console
 from rich.table import Table
@@ -17,6 +19,7 @@ from panda_lightning.formulas.metrics import auroc
 Row = dict[str, float]
 
 FORMATS = {"epochs_trained": "{:g}", "val": "{:.5f}", "train": "{:.4g}", "seconds": "{:.1f}"}  # by a key's first part
+LOGGED = ("epochs_trained", "val", "train")  # of a row, what loggers have too
 HEADINGS = {
     "epochs_trained": "epochs",
     "val/auroc": "AUROC",
@@ -30,13 +33,14 @@ HEADINGS = {
 
 
 class Report(pl.Callback):
-    """Keeps a row a validation; at the end prints them and draws scores, ROC curve and AUROC over epochs.
+    """Keeps a row a validation of ``fit``; at the end of a run prints what came out, and draws it as report.png.
 
-    The rows travel in the checkpoint, so a resumed run reports the whole curve.
+    The rows travel in the checkpoint, so a resumed run reports the whole curve, also in its ``metrics.csv``.
     """
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self._scored = False  # in this run
         self._train_seconds = 0.0
         self._clock = time.perf_counter()
 
@@ -46,7 +50,7 @@ class Report(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows = state_dict["rows"] if self._fitting else []
 
     def _lap(self) -> float:
         before, self._clock = self._clock, time.perf_counter()
@@ -54,7 +58,18 @@ class Report(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._fitting = stage == "fit"
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so not at the end
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for logger in trainer.loggers if trainer.global_step else ():
+            if isinstance(logger, CSVLogger):  # W&B has the earlier rows in its own run
+                for row in self.rows:
+                    shown: dict[str, Tensor | float] = {
+                        key: torch.tensor(v) for key, v in row.items() if key.split("/")[0] in LOGGED
+                    }
+                    logger.log_metrics(shown, step=int(row["step"]))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -68,14 +83,22 @@ class Report(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
+        self._scored = True
+        if not self._fitting:
+            return
         seconds, metrics = self._lap(), trainer.callback_metrics
         row = {name: float(value) for name, value in metrics.items() if name.startswith(("epochs", "val/auroc"))}
+        row["step"] = float(trainer.global_step)
         if row["epochs_trained"]:
             row["seconds/train"] = self._train_seconds
         if "bank/seconds" in metrics:
             row["seconds/bank"] = float(metrics["bank/seconds"])
         row["seconds/score"] = seconds - row.get("seconds/bank", 0.0)
         self.rows.append(row)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._scored = True
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -92,23 +115,26 @@ class Report(pl.Callback):
 
     @rank_zero_only
     def _finish(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if pl_module.scores is None:
+        if not (self.rows or self._scored) or pl_module.scores is None:
             return
         console = get_console()
         name = pl_module.auroc_name.replace("auroc", "AUROC").replace("_", ", ")
+        scores, labels = pl_module.scores.score, pl_module.scores.label
         if self.rows:
             console.print(_table(self.rows, f"{type(pl_module.data).__name__}, {pl_module.method}"))
             first, last = self.rows[0], self.rows[-1]
             key = f"val/{pl_module.auroc_name}"
             best = max(self.rows, key=lambda row: row[key])
-            console.print(
+            line = (
                 f"{name} {last[key]:.4f} after {last['epochs_trained']:g} epochs, "
                 f"{first[key]:.4f} after {first['epochs_trained']:g} "
-                f"(best epoch by test labels, oracle: {best[key]:.4f})",
-                soft_wrap=True,
+                f"(best epoch by test labels, oracle: {best[key]:.4f})"
             )
+        else:
+            line = f"{name} {auroc(scores, labels):.4f} of {len(scores)} images by {pl_module.method}"
+        console.print(line, soft_wrap=True)
         self._folder.mkdir(parents=True, exist_ok=True)
-        draw(self._folder / "report.png", pl_module.scores.score, pl_module.scores.label, self.rows, name)
+        draw(self._folder / "report.png", scores, labels, self.rows, name)
         console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
@@ -118,9 +144,8 @@ class Report(pl.Callback):
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE)
     kinds = list(FORMATS)
-    keys = sorted(
-        dict.fromkeys(key for row in reversed(rows) for key in row), key=lambda key: kinds.index(key.split("/")[0])
-    )
+    known = dict.fromkeys(key for row in reversed(rows) for key in row if key.split("/")[0] in kinds)
+    keys = sorted(known, key=lambda key: kinds.index(key.split("/")[0]))
     for key in keys:
         table.add_column(HEADINGS.get(key, key.split("/")[-1].replace("_", " ")), justify="right")
     for row in rows:

@@ -34,16 +34,22 @@ class SampleWiseEarlyStopping(pl.Callback):
     def __init__(self, keep_snapshots: bool = False) -> None:
         self.keep_snapshots = keep_snapshots
         self.score: Tensor | None = None  # (N,) of the test images, so far
+        self.kept: list[int] = []  # steps trained at each snapshot
         self._snapshots: list[tuple[dict[str, Tensor], KNNIndex, float]] = []
         self._parts: list[tuple[Tensor, ...]] = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self.score}
+        return {"score": self.score, "kept": self.kept}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.score = state_dict["score"]
+        self.score, self.kept = state_dict["score"], state_dict["kept"]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if pl_module.steps_trained == 0:
+            self.score, self.kept = None, []
 
     # ---- fit: scores alone ---------------------------------------------------------------------------------------
 
@@ -59,32 +65,34 @@ class SampleWiseEarlyStopping(pl.Callback):
             self._keep(trainer, pl_module, normal)
 
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
-        path = checkpoint_folder(trainer) / "ses" / f"{detector.steps_trained:08d}.ckpt"
+        steps = detector.steps_trained
+        path = _snapshot(checkpoint_folder(trainer), detector.run_id, steps)
         adapted = {name: p.detach().cpu() for name, p in detector.backbone.adapted().items()}
-        bank = detector.whole_bank()
-        if detector.steps_trained == 0:
-            one = sum(t.numel() * t.element_size() for t in (bank, *adapted.values()))
+        entries = detector.index.whole(detector.entries())
+        if steps == 0:
+            one = sum(t.numel() * t.element_size() for t in (entries, *adapted.values()))
             times = "" if trainer.max_epochs in (None, -1) else f", {one * (trainer.max_epochs + 1) / 2**20:.0f} in all"
             rank_zero_info(f"SES keeps {one / 2**20:.1f} MiB at each validation{times}, in {path.parent}")
-        trainer.strategy.save_checkpoint({"adapted": adapted, "bank": bank, "normal_score": normal}, path)
+        trainer.strategy.save_checkpoint({"adapted": adapted, "entries": entries, "normal_score": normal}, path)
+        self.kept = [*(n for n in self.kept if n < steps), steps]
 
     # ---- test and predict: the networks of all times -------------------------------------------------------------
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        folder = Path(str(trainer.ckpt_path)).parent / "ses" if trainer.ckpt_path else None
-        paths = sorted(folder.glob("*.ckpt")) if folder else []
-        if not paths:
+        folder = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path else None
+        paths = [_snapshot(folder, pl_module.run_id, steps) for steps in self.kept] if folder else []
+        missing = [path for path in paths if not path.is_file()]
+        if not paths or missing:
             raise PandaError(
-                "SES scores new images by the networks of all kept times, and there are none"
-                f"{f' in {folder}' if folder else ' without ckpt_path'}: train with keep_snapshots: true, or leave "
-                "SampleWiseEarlyStopping out of the callbacks."
+                "SES scores new images by the networks of all kept times, and "
+                + (f"{missing[0]} is missing" if missing else f"there are none {_of(trainer.ckpt_path)}")
+                + ": train with keep_snapshots: true, or leave SampleWiseEarlyStopping out of the callbacks."
             )
         self._snapshots = []
         for path in paths:
             kept = torch.load(path, map_location=pl_module.device, weights_only=True)
-            index = KNNIndex(pl_module.index.backend, pl_module.index.memory_mb)
-            index.fit(pl_module.scoring_space(kept["bank"]))
+            index = KNNIndex(pl_module.index.backend, pl_module.index.memory_mb).fit(kept["entries"])
             adapted = {f"model.{name}": p for name, p in kept["adapted"].items()}
             self._snapshots.append((adapted, index, kept["normal_score"]))
         self._parts = []
@@ -116,3 +124,12 @@ class SampleWiseEarlyStopping(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         outputs["ses_score"] = self._scores(pl_module, batch)
+
+
+def _snapshot(folder: Path, run: str, steps: int) -> Path:
+    """The file of one time of a run, beside its checkpoints."""
+    return folder / "ses" / run / f"{steps:08d}.ckpt"
+
+
+def _of(path: Any) -> str:
+    return f"of {path}" if path else "without ckpt_path"

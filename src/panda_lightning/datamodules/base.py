@@ -1,12 +1,12 @@
-"""What every data set shares: the one-class protocol, and loaders that know of processes."""
+"""What every data set shares: the one-class protocol, the view of its images, and their loaders."""
 
 import csv
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,72 +14,18 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, relative
+from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded, relative
+from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.outliers import apart_from, read_outliers
 from panda_lightning.types import Batch, PandaError
 
-__all__ = ["AnomalyDataModule", "Images", "ShardedSampler", "Split", "View"]
+__all__ = ["AnomalyDataModule", "Images", "Split", "View"]
 
 Split = Literal["train", "test"]
-
-
-class ShardedSampler(DistributedSampler[int]):
-    """Rows of this process: one order for any number of processes, dealt out like cards.
-
-    Without shuffling nothing is repeated, and processes may hold different numbers of rows. With shuffling each epoch
-    has its permutation, and the last round is filled up with -1, so that all processes make the same steps. (The base
-    class is torch's so that Lightning leaves the sampler alone; its repeats are what this one avoids.)
-    """
-
-    def __init__(self, size: int, world: int, rank: int, shuffle: bool, seed: int = 0) -> None:
-        self.size, self.world, self.rank, self.shuffle, self.seed = size, world, rank, shuffle, seed
-        self.epoch = 0
-        self.skip = 0  # rows of this process to leave out at the start, see ResumableLoader
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.arange(self.size)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.size, generator=generator)
-            order = torch.cat([order, order.new_full((-self.size % self.world,), -1)])
-        return iter(order[self.rank :: self.world][self.skip :].tolist())
-
-    def __len__(self) -> int:
-        missing = self.size - self.rank
-        return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """A loader that goes on in the middle of an epoch: Lightning keeps its place in every checkpoint.
-
-    Batches are drawn from the sampler when the first is asked for, not when an iterator is made, since Lightning tells
-    the sampler the epoch in between.
-    """
-
-    done = 0  # batches given out in this epoch
-    resumed: tuple[int, int] = (-1, 0)  # epoch, and batches given out in it before
-
-    @override
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        epoch, done = self.resumed
-        sampler: Any = self.sampler
-        sampler.skip = done % len(self) * (self.batch_size or 1) if epoch == sampler.epoch else 0
-        self.resumed, self.done = (-1, 0), sampler.skip // (self.batch_size or 1)
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the training images' order, the same on every process."""
-        sampler: Any = self.sampler
-        return {"epoch": sampler.epoch, "done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at this place, once."""
-        self.resumed = (state["epoch"], state["done"])
+T = TypeVar("T")
 
 
 class AnomalyDataModule(pl.LightningDataModule, ABC):
@@ -88,12 +34,16 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     A data set is a subclass with ``classes`` and ``read``, and ``prepare_data`` where files can be fetched. Validation
     and test use the same labelled test images, as is the field's habit; nothing is chosen by their labels.
 
+    Arguments are attributes and may be changed between runs: what was listed and decoded under others is made anew.
+    What is left open (None) of protocol and view is, in a run, what the detector was trained with.
+
     Args:
         root: Folder of the data set's files.
         normal_class: Name or number of the normal class.
-        protocol: one_vs_rest: that class is normal, all others are anomalous. leave_one_out: the reverse.
-        image_size: Side of the square images, in pixels.
-        crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to the square.
+        protocol: one_vs_rest (the default): that class is normal, all others are anomalous. leave_one_out: the reverse.
+        image_size: Side of the square images, in pixels; 224 by default.
+        crop: center (the default) resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight
+            to the square.
         resize: Shorter side before the centre crop; None is image_size / 0.875 (256 for 224).
         interpolation: bilinear or bicubic; None takes the network's own.
         batch_size: Images of a training step, over all processes together.
@@ -107,19 +57,22 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         seed: Seed of the training images' order.
         outliers: Images for outlier exposure: a folder, a ``.npy`` file (N, H, W, 3) uint8 such as
             300K_random_images.npy, or a data set of this project as ``CLASS:ROOT``.
+
+    Attributes:
+        COMPUTING: Arguments that say where images are and how to load them, not which and how they look.
     """
 
+    COMPUTING = ("root", "eval_batch_size", "memory_gb", "num_workers", "accept_license")
     classes: tuple[str, ...] = ()
     own_split = False  # whether the split follows a rule of ours, which the run then records as a manifest
-    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None  # see View
 
     def __init__(
         self,
         root: str = "data",
         normal_class: int | str | None = None,
-        protocol: Literal["one_vs_rest", "leave_one_out"] = "one_vs_rest",
-        image_size: int = 224,
-        crop: Literal["center", "squash"] = "center",
+        protocol: Literal["one_vs_rest", "leave_one_out"] | None = None,
+        image_size: int | None = None,
+        crop: Literal["center", "squash"] | None = None,
         resize: int | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
         batch_size: int = 32,
@@ -139,24 +92,95 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         self.protocol = protocol
         self.image_size = image_size
         self.crop = crop
-        self.resize = resize or round(image_size / 0.875)
-        if self.resize < image_size:
-            raise PandaError(f"resize={resize} is smaller than image_size={image_size}: choose {image_size} or more.")
+        self.resize = resize
         self.interpolation = interpolation
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.limits: dict[Split, int | None] = {"train": train_limit, "test": test_limit}
+        self.train_limit = train_limit
+        self.test_limit = test_limit
         self.memory_gb = memory_gb
         self.num_workers = num_workers
         self.on_error = on_error
         self.seed = seed
         self.outliers = outliers
-        self._images: dict[Split, Images] = {}
-        self._datasets: dict[str, ImageDataset] = {}
+        self._listed: dict[str, tuple[Any, Any]] = {}  # see _once
+        self._decoded: dict[str, tuple[Any, Any]] = {}
+        self._shown: dict[str, ImageDataset] = {}  # of the run under way; a detector may hide its images
+        self._introduced = False
 
     @abstractmethod
     def read(self, split: Split) -> Images:
-        """List the split's images in a fixed order; called once a split, when it is needed."""
+        """List the split's images in a fixed order, and set ``classes`` where the files say them."""
+
+    # ---- runs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _detector(self) -> Any:
+        """The detector of the run that uses these images, or was the last to use them; None before any run."""
+        trainer: Any = self.trainer
+        detector = trainer.lightning_module if trainer is not None and trainer.datamodule is self else None
+        return detector if hasattr(detector, "accept") else None
+
+    def _chosen(self, name: str, default: T) -> T:
+        """An argument as it was given; where it was left open, as the detector was trained, else the default."""
+        given: T | None = getattr(self, name)
+        if given is None and self._detector is not None:
+            given = self._detector.trained_with(type(self).__name__).get(name)
+        return default if given is None else given
+
+    @staticmethod
+    def _once(kept: dict[str, tuple[Any, Any]], what: str, settings: Any, make: Callable[[], T]) -> T:
+        """What was made before under the same settings, else anew."""
+        if what not in kept or kept[what][0] != settings:
+            kept[what] = (settings, make())
+        value: T = kept[what][1]
+        return value
+
+    @property
+    def view(self) -> View:
+        """How images are resized.
+
+        Raises:
+            PandaError: If ``resize`` is smaller than the square that is cut out.
+        """
+        size = self._chosen("image_size", 224)
+        resize = self._chosen("resize", round(size / 0.875))
+        if resize < size:
+            raise PandaError(f"resize={resize} is smaller than image_size={size}: choose {size} or more.")
+        own = getattr(self._detector, "interpolation", None) or "bilinear"
+        return View(size, self._chosen("crop", "center"), resize, self._chosen("interpolation", own), self.before)
+
+    @property
+    def before(self) -> Callable[[Image.Image, Image.Resampling], Image.Image] | None:
+        """What this data set does to image and mask first, see View."""
+        return None
+
+    @property
+    def problem(self) -> dict[str, str]:
+        """What is normal: two data modules of one class whose words differ here ask different questions."""
+        return {"normal_class": self.classes[self.class_number()], "protocol": self._chosen("protocol", "one_vs_rest")}
+
+    def origin(self, training: bool) -> dict[str, Any]:
+        """What a run on these images depends on, as primitives, for the detector to keep and to compare.
+
+        Args:
+            training: Whether training images must be there; without, they are left out where they are missing.
+        """
+        images: dict[str, Images | None] = {"test images": self.test_images, "normal training images": None}
+        try:
+            images["normal training images"] = self.normal_images
+        except PandaError:
+            if training:
+                raise
+        return {
+            "data": type(self).__name__,
+            "problem": self.problem,
+            "view": self.view.words,
+            **{what: found and f"{len(found)} ({found.fingerprint(self.root)})" for what, found in images.items()},
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "outliers": self.outliers,
+        }
 
     # ---- the protocol --------------------------------------------------------------------------------------------
 
@@ -166,7 +190,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Raises:
             PandaError: If there is no such class.
         """
-        wanted = self.normal_class
+        wanted = self._chosen("normal_class", None)
+        wanted = self.only_class() if wanted is None else wanted
         if wanted in self.classes:
             return self.classes.index(str(wanted))
         if isinstance(wanted, str) and wanted.isdecimal():
@@ -179,10 +204,14 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             f"(0-{len(self.classes) - 1}: {listed})."
         )
 
+    def only_class(self) -> int | str | None:
+        """The normal class where none is named, if that goes without saying."""
+        return None
+
     def is_anomalous(self, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which class numbers (N,) the protocol calls anomalous."""
         chosen: npt.NDArray[np.bool_] = targets == self.class_number()
-        return ~chosen if self.protocol == "one_vs_rest" else chosen
+        return ~chosen if self._chosen("protocol", "one_vs_rest") == "one_vs_rest" else chosen
 
     @property
     def normal_images(self) -> Images:
@@ -195,31 +224,36 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         return self._split("test")
 
     def _split(self, split: Split) -> Images:
-        if split not in self._images:
-            images = self.read(split)
-            self.class_number()  # an unknown class is said before an empty one
-            for problem in images.problems:
-                rank_zero_warn(f"{type(self).__name__}: {problem}")
-            if split == "train":
-                images = images.take(np.flatnonzero(~self.is_anomalous(images.targets)))
-                if not len(images):
-                    raise PandaError(
-                        f"{type(self).__name__} has no training images of the normal class {self._normal_name}."
-                    )
-            limit = self.limits[split]
-            if limit is not None and limit < len(images):
-                images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
-            self._images[split] = images
-        return self._images[split]
+        settings = {name: getattr(self, name, None) for name in self.hparams}
+        whole = self._once(self._listed, f"all {split}", settings, lambda: self.read(split))
+        problem = (settings, self.problem)  # an unknown class is said before an empty one
+        return self._once(self._listed, split, problem, lambda: self._limited(split, whole))
+
+    def _limited(self, split: Split, images: Images) -> Images:
+        """What protocol and limits leave of a split."""
+        for problem in images.problems:
+            rank_zero_warn(f"{type(self).__name__}: {problem}")
+        if split == "train":
+            images = images.take(np.flatnonzero(~self.is_anomalous(images.targets)))
+            if not len(images):
+                raise PandaError(
+                    f"{type(self).__name__} has no training images of the normal class {self._normal_name}."
+                )
+        limit = self.train_limit if split == "train" else self.test_limit
+        if limit is not None and limit < len(images):
+            images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
+        return images
 
     @property
     def _normal_name(self) -> str:
         name = self.classes[self.class_number()]
-        return name if self.protocol == "one_vs_rest" else f"all but {name}"
+        return name if self._chosen("protocol", "one_vs_rest") == "one_vs_rest" else f"all but {name}"
 
     @override
     def setup(self, stage: str) -> None:
+        self._listed, self._shown, self._introduced = {}, {}, False  # files may have changed since the last run
         test = self.is_anomalous(self.test_images.targets)
+        _ = self.view  # which says what cannot be
         if stage in ("fit", "validate", "test") and (test.all() or not test.any()):
             raise PandaError(
                 f"the test images of {type(self).__name__} are all {'anomalous' if test.all() else 'normal'} with "
@@ -268,7 +302,9 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
         if self.trainer and folder and self.trainer.is_global_zero:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "manifest.csv").write_text(self.manifest(tuple(self._images)))
+            splits: tuple[Split, Split] = ("test", "train")
+            (Path(folder) / "manifest.csv").write_text(self.manifest([s for s in splits if s in self._listed]))
+        self._shown = {}
 
     # ---- loaders -------------------------------------------------------------------------------------------------
 
@@ -276,19 +312,33 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _decoded(self, what: str, images: Images, anomalous: npt.NDArray[np.bool_]) -> ImageDataset:
-        if what not in self._datasets:
-            interpolation = self.interpolation or (self.trainer and _interpolation(self.trainer)) or "bilinear"
-            view = View(self.image_size, self.crop, self.resize, interpolation, self.before)
-            size = len(images) * 3 * self.image_size**2
-            in_memory = size <= self.memory_gb * 2**30
+    def _dataset(self, what: str, images: Images, anomalous: npt.NDArray[np.bool_]) -> ImageDataset:
+        """Images as a run sees them: one object for the whole run, which it may change; outside of runs a new one."""
+        running = self._detector is not None and self.trainer.state.status == "running"  # type: ignore[union-attr]
+        if running and not self._introduced:  # before any image is decoded, and after a checkpoint was loaded
+            self._introduced = True
+            self._detector.accept(self)
+        if not running or what not in self._shown:
+            shown = ImageDataset(self._read_pixels(what, images), anomalous, self.view)
+            if not running:
+                return shown
+            self._shown[what] = shown
+        return self._shown[what]
+
+    def _read_pixels(self, what: str, images: Images) -> Decoded:
+        view = self.view
+        size = len(images) * 3 * view.size**2
+        in_memory = size <= self.memory_gb * 2**30
+
+        def read() -> Decoded:
             rank_zero_info(
                 f"{type(self).__name__}: {len(images)} {what} images, {view.size} px, "
                 + (f"decoded to {size / 2**20:.0f} MiB of memory" if in_memory else "read from disk at every access")
             )
-            skip = self.on_error == "skip"
-            self._datasets[what] = ImageDataset(images, anomalous, view, in_memory, skip, f"Decoding {what} images")
-        return self._datasets[what]
+            return decoded(images, view, in_memory, self.on_error == "skip", f"Decoding {what} images")
+
+        made_from = (images.fingerprint(self.root, times=True), view, in_memory, self.on_error)
+        return self._once(self._decoded, what, made_from, read)
 
     def _loader(self, dataset: ImageDataset, train: bool = False) -> DataLoader[Batch]:
         rank = self.trainer.global_rank if self.trainer else 0
@@ -307,7 +357,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
 
     def _normal_dataset(self) -> ImageDataset:
         images = self.normal_images
-        return self._decoded("normal training", images, np.zeros(len(images), dtype=np.bool_))
+        return self._dataset("normal training", images, np.zeros(len(images), dtype=np.bool_))
 
     @override
     def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
@@ -333,7 +383,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
         images = self.test_images
-        return self._loader(self._decoded("test", images, self.is_anomalous(images.targets)))
+        return self._loader(self._dataset("test", images, self.is_anomalous(images.targets)))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -344,27 +394,24 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Raises:
             PandaError: If there is no such source.
         """
+        settings = (self.outliers, self.test_images.fingerprint(self.root))
+        images = self._once(self._listed, "outlier", settings, self._outlier_images)
+        return self._loader(self._dataset("outlier", images, np.ones(len(images), dtype=np.bool_)), train=True)
+
+    def _outlier_images(self) -> Images:
         if self.outliers is None:
             raise PandaError(
                 "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
                 ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
             )
-        if "outlier" not in self._datasets:
-            images = read_outliers(self.outliers, {cls.__name__: cls for cls in subclasses(AnomalyDataModule)})
-            kept = apart_from(self.test_images, images)
-            rank_zero_info(
-                f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
-            )
-            if not len(kept):
-                raise PandaError(f"data.outliers={self.outliers} holds no images besides test images: name others.")
-            self._decoded("outlier", images.take(kept), np.ones(len(kept), dtype=np.bool_))
-        return self._loader(self._datasets["outlier"], train=True)
-
-
-def _interpolation(trainer: pl.Trainer) -> str | None:
-    """The interpolation of the detector's network, if it has one."""
-    backbone = getattr(trainer.lightning_module, "backbone", None)
-    return getattr(backbone, "interpolation", None)
+        images = read_outliers(self.outliers, {cls.__name__: cls for cls in subclasses(AnomalyDataModule)})
+        kept = apart_from(self.test_images, images)
+        rank_zero_info(
+            f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
+        )
+        if not len(kept):
+            raise PandaError(f"data.outliers={self.outliers} holds no images besides test images: name others.")
+        return images.take(kept)
 
 
 def subclasses(base: type[Any]) -> list[type[Any]]:

@@ -71,7 +71,11 @@ class DIOR(AnomalyDataModule):
         self.min_side = min_side
         self.min_count = min_count
         self.side_rule: Literal["both", "any"] = side_rule
-        self.cache = self.root / f"dior-crops-{min_side}-{side_rule}"
+
+    @property
+    def cache(self) -> Path:
+        """Where the crops are."""
+        return self.root / f"dior-crops-{self.min_side}-{self.side_rule}"
 
     @override
     def prepare_data(self) -> None:

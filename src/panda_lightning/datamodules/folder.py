@@ -22,11 +22,8 @@ class ImageFolder(AnomalyDataModule):
     @override
     def read(self, split: Split) -> Images:
         folders = self._class_folders(split)
-        if not self.classes:
-            train = self._class_folders("train") if (self.root / "train").is_dir() else {}
-            self.classes = tuple(sorted({*folders, *train, *self._class_folders("test")}))
-            if self.normal_class is None and len(train) == 1:
-                self.normal_class = next(iter(train))
+        train = self._class_folders("train") if (self.root / "train").is_dir() else {}
+        self.classes = tuple(sorted({*folders, *train, *self._class_folders("test")}))
         files = {name: images_below(folder) for name, folder in folders.items()}
         sources = [path for name in folders for path in files[name]]
         targets = [self.classes.index(name) for name in folders for _ in files[name]]
@@ -39,6 +36,11 @@ class ImageFolder(AnomalyDataModule):
             return images
         anomalous = self.is_anomalous(images.targets)
         return images.with_masks([self._mask(p) if a else None for p, a in zip(sources, anomalous, strict=True)])
+
+    @override
+    def only_class(self) -> str | None:
+        train = self._class_folders("train") if (self.root / "train").is_dir() else {}
+        return next(iter(train)) if len(train) == 1 else None
 
     def _mask(self, image: Path) -> Path:
         place = self.root / "ground_truth" / image.relative_to(self.root / "test")

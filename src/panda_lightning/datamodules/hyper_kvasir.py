@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ class HyperKvasir(AnomalyDataModule):
             raise PandaError(f"test_normals={test_normals}: AUROC needs normal test images, so choose 1 or more.")
         self.test_normals = test_normals
         self.split_seed = split_seed
-        if crop_margins:
-            self.before = crop
+        self.crop_margins = crop_margins
+
+    @property
+    @override
+    def before(self) -> Callable[[Image.Image, Image.Resampling], Image.Image] | None:
+        return crop if self.crop_margins else None
 
     @override
     def read(self, split: Split) -> Images:

@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from panda_lightning.runtime.derived import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 
@@ -49,6 +50,19 @@ class Images:
             sources = [self.sources[i] for i in rows]
         masks = None if self.masks is None else [self.masks[i] for i in rows]
         return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
+
+    def fingerprint(self, root: Path, times: bool = False) -> str:
+        """A short name: of arrays by their pixels; of files by name below ``root`` and size, without opening them.
+
+        Args:
+            root: The data set's folder; a copy elsewhere has the same name.
+            times: Count also when files were last changed.
+        """
+        if isinstance(self.sources, np.ndarray) or not isinstance(self.sources[0], Path):
+            return fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
+        stats = [os.stat(path) for path in self.sources]
+        files = [(relative(p, root), s.st_size) for p, s in zip(self.sources, stats, strict=True)]
+        return fingerprint(files, [s.st_mtime_ns for s in stats] if times else None)
 
     def with_masks(self, masks: Sequence[Path | None]) -> "Images":
         """The images with their masks; without any, and with a problem, where a file of a mask is missing."""
@@ -95,6 +109,17 @@ class View:
     interpolation: str
     before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """What checkpoints keep of it, by the names of the data module's arguments; ``resize`` only where it counts."""
+        return {
+            "image_size": self.size,
+            "crop": self.crop,
+            "resize": self.resize if self.crop == "center" else None,
+            "interpolation": self.interpolation,
+            "before": self.before and self.before.__name__,
+        }
+
     def __call__(self, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Read and resize one image: (3, size, size)."""
         image = self._fit(read_rgb(source), Image.Resampling[self.interpolation.upper()])
@@ -126,58 +151,80 @@ def read_rgb(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
     return image.convert("RGB")
 
 
-class ImageDataset(Dataset[Batch]):
-    """Resized uint8 images with label and index; decoded once into memory, or at every access.
+@dataclass(frozen=True)
+class Decoded:
+    """Images that can be read.
+
+    Attributes:
+        images: They.
+        rows: (N,) their places among those that were to be read.
+        pixels: (N, 3, size, size) uint8, or None where they are read at every access.
+    """
+
+    images: Images
+    rows: npt.NDArray[np.int64]
+    pixels: Tensor | None
+
+
+def decoded(images: Images, view: View, in_memory: bool, skip_unreadable: bool, title: str) -> Decoded:
+    """Read images, with a progress bar.
 
     Args:
         images: What to read.
-        label: (N,), True or 1 where anomalous, or class numbers.
         view: How images are resized.
-        in_memory: Decode everything now.
+        in_memory: Keep the pixels. Files are read also where they stay on disk: one that cannot be read is named now,
+            not in the night.
         skip_unreadable: Leave out, and count, files that are not images, instead of raising.
         title: What the progress bar says.
 
     Raises:
         PandaError: Naming the files that cannot be read.
     """
+    pixels = torch.empty((len(images), 3, view.size, view.size), dtype=torch.uint8) if in_memory else None
+    bad: dict[int, str] = {}
+    files = len(images) > 0 and isinstance(images.sources[0], Path)
+    rows = range(len(images) if in_memory or files else 0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda i: decode(view, images.sources[i]), rows)
+        for i, image in track(zip(rows, found, strict=True), title, total=len(rows), transient=True):
+            if isinstance(image, str):
+                bad[i] = image
+            elif pixels is not None:
+                pixels.numpy()[i] = image
+    if not bad:
+        return Decoded(images, np.arange(len(images)), pixels)
+    names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
+    listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+    if not skip_unreadable or len(bad) == len(images):
+        raise PandaError(
+            f"{len(bad)} of {len(images)} images cannot be read: {listed}. Mend or remove them, or set "
+            "data.on_error=skip."
+        )
+    rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
+    good = np.array([i for i in rows if i not in bad])
+    return Decoded(images.take(good), good, None if pixels is None else pixels[good])
 
-    def __init__(
-        self,
-        images: Images,
-        label: npt.NDArray[np.bool_] | npt.NDArray[np.int64],
-        view: View,
-        in_memory: bool,
-        skip_unreadable: bool,
-        title: str,
-    ) -> None:
+
+class ImageDataset(Dataset[Batch]):
+    """Resized uint8 images with label and index.
+
+    Args:
+        found: What to show.
+        label: Of all images that were to be read: True or 1 where anomalous, or class numbers.
+        view: How images are resized.
+
+    Attributes:
+        hidden: What the frozen layers of a run's network made of the images, (N, ...), which batches then show in their
+            place; None shows images.
+    """
+
+    hidden: Tensor | None = None
+
+    def __init__(self, found: Decoded, label: npt.NDArray[np.bool_] | npt.NDArray[np.int64], view: View) -> None:
         self.view = view
-        self.pixels = torch.empty((len(images), 3, view.size, view.size), dtype=torch.uint8) if in_memory else None
-        bad: dict[int, str] = {}
-        # Files are read also where they stay on disk: one that cannot be read is named now, not in the night.
-        files = len(images) > 0 and isinstance(images.sources[0], Path)
-        rows = range(len(images) if in_memory or files else 0)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(lambda i: decode(view, images.sources[i]), rows)
-            for i, image in track(zip(rows, decoded, strict=True), title, total=len(rows), transient=True):
-                if isinstance(image, str):
-                    bad[i] = image
-                elif self.pixels is not None:
-                    self.pixels.numpy()[i] = image
-        if bad:
-            names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
-            listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
-            if not skip_unreadable or len(bad) == len(images):
-                raise PandaError(
-                    f"{len(bad)} of {len(images)} images cannot be read: {listed}. Mend or remove them, or set "
-                    "data.on_error=skip."
-                )
-            rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
-            good = np.array([i for i in rows if i not in bad])
-            images, label = images.take(good), label[good]
-            self.pixels = None if self.pixels is None else self.pixels[good]
-        self.images = images
-        self.hidden: Tensor | None = None
-        self.label = torch.from_numpy(label.astype(np.int64))
+        self.images = found.images
+        self.pixels = found.pixels
+        self.label = torch.from_numpy(label[found.rows].astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -201,14 +248,10 @@ class ImageDataset(Dataset[Batch]):
         return batch
 
     def pictures(self, rows: Tensor) -> Tensor:
-        """Images (B, 3, size, size) uint8 of these rows (B,)."""
+        """Images (B, 3, size, size) uint8 of these rows (B,), whatever batches show."""
         if self.pixels is not None:
             return self.pixels[rows]
         return torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in rows]))
-
-    def replace_pixels(self, hidden: Tensor) -> None:
-        """Give out what frozen layers made of the images, (N, ...), in their place from now on."""
-        self.hidden, self.pixels = hidden, None
 
 
 def as_is(batch: Any) -> Any:

@@ -39,8 +39,15 @@ class MVTecAD(AnomalyDataModule):
         super().__init__(**kwargs)
         self.category = category
         self.accept_license = accept_license
-        if self.normal_class is None:
-            self.normal_class = "good"
+
+    @override
+    def only_class(self) -> str:
+        return "good"
+
+    @property
+    @override
+    def problem(self) -> dict[str, str]:
+        return {"category": self.category, **super().problem}
 
     @override
     def prepare_data(self) -> None:

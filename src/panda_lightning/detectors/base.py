@@ -1,22 +1,25 @@
-"""What every detector shares: scoring in validation, test and prediction, and the callbacks that look at it."""
+"""What every detector shares: scoring in validation, test and prediction, and the state that a run derives."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import isabstract
 from typing import Any, cast
+from uuid import uuid4
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from panda_lightning.callbacks import Health, Media, Predictions, Report
+from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.formulas import metrics
-from panda_lightning.runtime.checkpoints import WholeCheckpointIO
+from panda_lightning.runtime.checkpoints import FORMAT, WholeCheckpointIO, require_format
+from panda_lightning.runtime.derived import Derived, checksum, mapped
 from panda_lightning.runtime.features import gather
 from panda_lightning.runtime.loggers import AutoWandbLogger
 from panda_lightning.types import Batch, PandaError, Scores
@@ -25,26 +28,48 @@ from panda_lightning.types import Batch, PandaError, Scores
 class Detector(pl.LightningModule, ABC):
     """Scores images by how anomalous they are.
 
-    A method overrides ``anomaly_score`` and, if it learns, ``training_step`` and ``configure_optimizers``.
+    A method overrides ``anomaly_score``; if it learns, ``training_step``, ``configure_optimizers`` and
+    ``fresh_networks``; if it looks scores up in a bank of normal images, ``make_bank`` and ``fit_index``.
+
+    What a run derives from weights and images is ``Derived``, and belongs to the ``origin`` that it was derived from.
+    A run compares origins before it decodes an image (``accept``). A detector that was trained, or came from a
+    checkpoint, keeps its state: other preprocessing, or another problem on the same data set, is refused. A bank
+    that a test made by itself is made anew for other images. ``fit`` without a checkpoint starts from fresh weights.
 
     Attributes:
         COMPUTING: Arguments that say how to compute, not what: they may differ from the checkpoint's.
         OUTLIERS: Whether training batches hold outliers too.
-        terms: Names of the loss terms of the last training step.
-        scores: Scores of the last whole validation or test, equal on every process.
+        derived: What runs derived, by attribute; see Derived.
+        origin: What it was derived from, see AnomalyDataModule.origin; None before any run.
+        run_id: A name of the run that derived it, also after a resume.
+        bank: What scores are looked up in; None where the method has none, and before it is made.
+        bank_weights: Checksum of the weights it was made with.
         steps_trained: Optimiser steps behind the weights in use.
+        terms: Names of the loss terms of the last training step.
     """
 
     COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir", "shard_bank")
     OUTLIERS = False
-    scores: Scores | None = None
-    steps_trained: int = 0
+
+    origin = Derived[dict[str, Any] | None](None)
+    run_id = Derived[str]("")
+    bank = Derived[Any](None)
+    bank_weights = Derived[str]("")
+    steps_trained = Derived[int](0)
+    _steps_per_epoch = Derived[int](1)
+    _steps_scored = Derived[int](0)  # steps_trained at the last validation
+    _scored = Derived[tuple[Tensor, ...] | None](None)
+
     terms: tuple[str, ...] = ()
-    _steps_per_epoch: int = 1
-    _steps_scored: int = 0  # steps_trained at the last validation
+    interpolation: str | None = None  # how the network wants images resized; None is no matter
 
     def __init__(self) -> None:
         super().__init__()
+        self.derived: dict[str, Any] = {}
+        self._given = False  # whether the state came from a checkpoint or another process
+        self._restored = False  # in the run under way
+        self._moved = False  # whether weights are those of a training whose state is forgotten
+        self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
         self._drawn: tuple[object, Tensor] = (None, torch.empty(0))
@@ -69,14 +94,137 @@ class Detector(pl.LightningModule, ABC):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # the Trainer sets it while it runs
 
     @property
+    def scores(self) -> Scores | None:
+        """Scores of the last whole validation or test, equal on every process."""
+        return None if self._scored is None else Scores(*self._scored)
+
+    @property
     def epochs_trained(self) -> float:
         """Passes over the training images behind these weights; the x axis of every curve."""
         return self.steps_trained / self._steps_per_epoch
 
+    @property
+    def learns(self) -> bool:
+        """Whether the method has training steps."""
+        return type(self).training_step is not pl.LightningModule.training_step
+
+    # ---- what was derived, and from what ---------------------------------------------------------------------------
+
+    def fresh_networks(self) -> dict[str, nn.Module]:
+        """The networks that training changes, by attribute, as they are before it."""
+        return {}
+
+    def trained_with(self, data: str) -> dict[str, Any]:
+        """What a data module of this class name takes over where it was left open: view, and normal class."""
+        if self.origin is None or not self._keeps:
+            return {}
+        same = self.origin["data"] == data
+        return {**self.origin["view"], **(self.origin["problem"] if same else {})}
+
+    @property
+    def _keeps(self) -> bool:
+        return self._given or self.steps_trained > 0
+
+    def accept(self, data: Any) -> None:
+        """Compare the images of a run with what this detector was derived from; a run asks before it decodes any.
+
+        Raises:
+            PandaError: If its state does not suit them, or there is none and scores would be those of fresh weights.
+        """
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and not self._restored and self.trainer.global_step != self.steps_trained:
+            raise PandaError(
+                f"this Trainer has made {self.trainer.global_step} steps with another detector, so it would make none "
+                "with this one: give each its own Trainer."
+            )
+        if fitting and not self._restored and self._moved:
+            rank_zero_info(f"{self.method} starts anew from fresh weights; ckpt_path goes on with trained ones.")
+            for name, network in self.fresh_networks().items():
+                getattr(self, name).load_state_dict(network.state_dict())
+            self._moved = False
+        if self.origin is None and self.learns and not fitting:
+            raise PandaError(
+                f"{self.method} is untrained, so it has no scores of its own: train it with fit, or give ckpt_path. "
+                "DN2 scores by a pretrained network as it is."
+            )
+        now = self._now = data.origin(training=fitting or not self._keeps)
+        if self.origin is not None and self._keeps:
+            _require_same(self.method, self.origin, now, fitting)
+            if not fitting and now["normal training images"] not in (None, self.origin["normal training images"]):
+                rank_zero_info(f"{self.method} keeps what it learned from {self.origin['data']}'s normal images.")
+            return
+        if self.origin != now:
+            self.derived.clear()
+            self.origin, self.run_id = now, self.trainer.strategy.broadcast(uuid4().hex[:8])
+
+    @property
+    def _kind(self) -> str:
+        """The class whose state this is: where a user's own adds to a method of this package, that method's."""
+        ours = (c for c in type(self).__mro__ if c.__module__.startswith(__package__) and not isabstract(c))
+        return next(ours, type(self)).__name__
+
+    def whole(self) -> dict[str, Any]:
+        """``derived`` with what other processes hold of it; every process must call it."""
+        return dict(self.derived)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict`` holds beside weights: plain tensors on the CPU, and primitives."""
+        derived = mapped(self.whole(), lambda tensor: tensor.cpu())
+        return {"format": FORMAT, "detector": self._kind, "derived": derived}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint or another process derived; comes before weights are loaded."""
+        if state["detector"] != self._kind:
+            raise PandaError(
+                f"the checkpoint is one of {state['detector']}, not of {self._kind}: take that class, or name the "
+                "checkpoint as backbone to use its network."
+            )
+        self.derived, self._given, self._moved = dict(state["derived"]), True, False
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        require_format(checkpoint)
+        self._restored = True
+
+    # ---- a bank ----------------------------------------------------------------------------------------------------
+
+    def make_bank(self) -> Any:
+        """Make of the normal training images, with the weights of this moment, what scores are looked up in."""
+        raise NotImplementedError
+
+    def fit_index(self) -> int:
+        """Make the bank searchable on this device; returns how many entries there are."""
+        raise NotImplementedError
+
+    def _weights(self) -> str:
+        return checksum((*self.parameters(), *self.buffers()))
+
+    @property
+    def bank_is_fresh(self) -> bool:
+        """Whether the bank was made with the weights in use."""
+        return self.bank is not None and self.bank_weights == self._weights()
+
+    def rebuild_bank(self) -> None:
+        """Make the bank with the weights in use.
+
+        Raises:
+            PandaError: If the normal images that this detector was derived from are not those of the run.
+        """
+        what = "normal training images"
+        if self.origin is not None and self._now[what] != self.origin[what]:
+            here = "are missing" if self._now[what] is None else "are others"
+            raise PandaError(
+                f"{self.method} has no bank for its weights (it was saved between two validations), and the {what} "
+                f"that it learned from {here} here: give those, or a checkpoint of an epoch's end."
+            )
+        self.bank, self.bank_weights = self.make_bank(), self._weights()
+
+    # ---- a run -----------------------------------------------------------------------------------------------------
+
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         # The first hook of every run: what cannot work is said here, before data are fetched.
-        if self.trainer.state.fn == "fit" and type(self).training_step is pl.LightningModule.training_step:
+        if self.trainer.state.fn == "fit" and not self.learns:
             raise PandaError(
                 f"{self.method} has nothing to train: run `lightning test` with the same arguments, "
                 "which builds its bank and saves it in last.ckpt."
@@ -91,10 +239,16 @@ class Detector(pl.LightningModule, ABC):
                 if size := getattr(self.data, "batch_size", None):
                     run |= {"batch_size": size, "batch_size_per_process": size // self.trainer.world_size}
                 logger.describe(type(self.data).__name__, self.method, run)
-        return [Health(), Media(), Report(), Predictions()]
+        banks = [RebuildIndex()] if type(self).make_bank is not Detector.make_bank else []
+        return [*banks, Health(), Media(), Report(), Predictions()]
 
     @override
     def setup(self, stage: str) -> None:
+        self._restored, self._drawn = False, (None, torch.empty(0))
+        if stage == "fit" and not self.trainer.global_step:  # a checkpoint, if there is one, comes later
+            self._moved |= self.steps_trained > 0
+            self.derived.clear()
+            self._given = False
         data = self.data
         if not hasattr(data, "normal_dataloader"):
             raise PandaError(
@@ -142,7 +296,7 @@ class Detector(pl.LightningModule, ABC):
     def _log_auroc(self, stage: str) -> None:
         scores = self.merged_scores()
         auroc = metrics.auroc(scores.score, scores.label)
-        self.scores, self._steps_scored = scores, self.steps_trained
+        self._scored, self._steps_scored = (scores.index, scores.score, scores.label), self.steps_trained
         if auroc != auroc and not self.trainer.sanity_checking:
             rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
         values = {f"{stage}/{self.auroc_name}": auroc, "epochs_trained": self.epochs_trained}
@@ -191,15 +345,22 @@ class Detector(pl.LightningModule, ABC):
 
         They depend on seed, epoch and image alone: the same for any number of processes, and after a resume.
         """
-        size, place = len(self.data.normal_images), (self.data.seed, self.current_epoch, columns)
+        place = (self.data.seed, self.current_epoch, columns)
         if self._drawn[0] != place:
+            size = len(self.data.normal_images)
             generator = torch.Generator().manual_seed(hash(place) % 2**63)
             self._drawn = (place, torch.rand(size, columns, generator=generator).to(self.device))
         return self._drawn[1][batch["index"].clamp(min=0)]
 
     @override
     def on_train_start(self) -> None:
-        self._steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        if self.steps_trained and steps != self._steps_per_epoch:
+            raise PandaError(
+                f"an epoch has {steps} steps here, but {self._steps_per_epoch} in the run that is to go on: give the "
+                "same data, batch size and Trainer options, or start anew."
+            )
+        self._steps_per_epoch = steps
         epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
         due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
         if due and self.trainer.enable_validation and self.steps_trained != self._steps_scored:
@@ -211,14 +372,27 @@ class Detector(pl.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.steps_trained += 1
 
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        steps = {"trained": self.steps_trained, "per_epoch": self._steps_per_epoch, "scored": self._steps_scored}
-        checkpoint["steps"] = steps
 
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.steps_trained, self._steps_per_epoch, self._steps_scored = checkpoint["steps"].values()
+def _require_same(method: str, before: dict[str, Any], now: dict[str, Any], training: bool) -> None:
+    """Refuse data that do not suit what was derived from others.
+
+    Args:
+        method: What the detector is called.
+        before: The origin of its state.
+        now: What this run offers.
+        training: Whether training goes on, for which all must be the same.
+    """
+    elsewhere = ["view", "problem"] if before["data"] == now["data"] else ["view"]
+    kinds = list(before) if training else elsewhere
+    differences: list[str] = []
+    for kind in kinds:
+        one, other = before[kind], now[kind]
+        if not isinstance(one, dict):
+            one, other = {kind: one}, {kind: other}
+        differences += [f"{key}={other.get(key)}, not {value}" for key, value in one.items() if other.get(key) != value]
+    if differences:
+        advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
+        raise PandaError(f"{method} was made with other data than these ({'; '.join(differences)}): {advice}.")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -13,6 +13,7 @@ from panda_lightning.detectors.base import Detector, seeded
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import deep_svdd_networks
+from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, gather, on_device
 from panda_lightning.types import Batch, PandaError
 
@@ -41,7 +42,19 @@ class DeepSVDD(Detector):
         milestone: That of the second phase, counted from its start, likewise.
         lr: Adam's learning rate, in both phases.
         weight_decay: Adam's weight decay.
+
+    Attributes:
+        size: Of the networks' images, in pixels.
+        range: Of the normal training images after contrast normalisation.
+        centre: (D,), from the second phase on.
+        radius: R.
     """
+
+    encoder: nn.Sequential
+    decoder: nn.Sequential
+    range = Derived[tuple[float, float] | None](None)
+    centre = Derived[Tensor | None](None)
+    radius = Derived[Tensor](torch.zeros(()))
 
     def __init__(
         self,
@@ -68,31 +81,31 @@ class DeepSVDD(Detector):
         self.milestone = milestone
         self.lr = lr
         self.weight_decay = weight_decay
-        self.size = 0  # of the images, in pixels
-        self.range: tuple[float, float] | None = None  # of the normal training images after contrast normalisation
-        self.centre: Tensor | None = None  # (D,), from the second phase on
-        self.radius = torch.zeros(())
+        self.size = 0
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        size = self.data.image_size
-        if self.size not in (0, size):
-            raise PandaError(f"image_size={size}, but the checkpoint's network is for {self.size}: leave it out.")
         if stage == "fit" and self.trainer.max_epochs in range(self.pretrain_epochs + 1):
             rank_zero_warn(
                 f"max_epochs={self.trainer.max_epochs} end within the autoencoder's {self.pretrain_epochs}: scores are "
                 "its errors, not Deep SVDD's. Choose more, or fewer pretrain_epochs."
             )
-        self.build(size)
+        if stage == "fit":
+            self.build(self.data.view.size)
 
     def build(self, size: int) -> None:
-        """Make the networks for images of this side in pixels."""
-        if hasattr(self, "encoder"):
-            return
-        self.size = size
+        """Make the networks for images of this side in pixels, unless they are there."""
+        if self.size != size:
+            self.size = size
+            for name, network in self.fresh_networks().items():
+                setattr(self, name, network)
+
+    @override
+    def fresh_networks(self) -> dict[str, nn.Module]:
         with seeded():
-            self.channels, self.encoder, self.decoder = deep_svdd_networks(self.network, size)
+            self.channels, encoder, decoder = deep_svdd_networks(self.network, self.size)
+        return {"encoder": encoder, "decoder": decoder}
 
     def inputs(self, batch: Batch) -> Tensor:
         """Images (B, C, H, W) as the encoder sees them, about in [0, 1]."""
@@ -169,9 +182,9 @@ class DeepSVDD(Detector):
 
     @override
     def on_fit_start(self) -> None:
+        loader = self.data.normal_dataloader()
         if self.range is None:
             self.range = (0.0, 1.0)  # inputs as they are, to be measured
-            loader = self.data.normal_dataloader()
             parts = [
                 (batch["index"], self.inputs(batch).flatten(1).aminmax(dim=1))
                 for batch in on_device(self.trainer, loader, "Range of the normal images")
@@ -193,19 +206,7 @@ class DeepSVDD(Detector):
         return [optimizer], [LambdaLR(optimizer, factor)]
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        centre = None if self.centre is None else self.centre.cpu()
-        checkpoint["deep_svdd"] = {
-            "size": self.size,
-            "range": self.range,
-            "centre": centre,
-            "radius": self.radius.cpu(),
-        }
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        kept = checkpoint["deep_svdd"]
-        self.build(kept["size"])
-        self.range, self.centre, self.radius = kept["range"], kept["centre"], kept["radius"]
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        assert self.origin is not None
+        self.build(self.origin["view"]["image_size"])

@@ -1,18 +1,22 @@
 """DN2: nearest neighbours in pretrained features."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.detectors.bank import BankDetector
+from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
-from panda_lightning.search.knn import Backend
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.search.knn import Backend, KNNIndex
+from panda_lightning.search.sharded import ShardedIndex
+from panda_lightning.types import Batch, PandaError, Scores
 
 
-class DN2(BankDetector):
+class DN2(PretrainedDetector):
     r"""Distance to the nearest normal images in the feature space of a pretrained network.
 
     .. math:: s(x) = \sum_{i=1}^{k} \lVert f(x) - f_i \rVert^2, \quad f_i \text{ the k nearest of the bank}
@@ -34,7 +38,17 @@ class DN2(BankDetector):
         index_memory_mb: Memory a chunk of the search may take, in MiB.
         shard_bank: Let each process hold its own images' part of the bank and search it for all, for banks too large
             for one device. Scores are the same.
+
+    Attributes:
+        index: Searches the entries.
+        bank: Features of the normal training images, a row each, as the network gives them.
+        bank_is_whole: False where it holds this process's images alone: rank, rank + world, ...
+        reduction: The centroids, and what they were made from.
     """
+
+    bank = Derived[Any](None)
+    bank_is_whole = Derived[bool](True)
+    reduction = Derived[tuple[list[Any], Tensor] | None](None)
 
     def __init__(
         self,
@@ -48,7 +62,7 @@ class DN2(BankDetector):
         index_memory_mb: int = 512,
         shard_bank: bool = False,
     ) -> None:
-        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb, shard_bank)
+        super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
         if k < 1:
             raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
@@ -59,6 +73,8 @@ class DN2(BankDetector):
         if centroids is not None and shard_bank:
             raise PandaError(f"centroids={centroids} make one small bank of all images: leave shard_bank out.")
         self.centroids = centroids
+        self.shard_bank = shard_bank
+        self.index = (ShardedIndex if shard_bank else KNNIndex)(index_backend, index_memory_mb)
 
     def scoring_space(self, features: Tensor) -> Tensor:
         """Features (N, D) as distances for scores are taken between them."""
@@ -70,23 +86,39 @@ class DN2(BankDetector):
         return distances.sum(dim=1)
 
     @override
-    def rebuild_bank(self) -> None:
+    def accept(self, data: Any) -> None:
+        super().accept(data)
+        if self.bank is None and self.k > (size := len(data.normal_images)):
+            raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+
+    # ---- the bank ------------------------------------------------------------------------------------------------
+
+    @override
+    def make_bank(self) -> Tensor:
+        """Features (N, D) of the normal training images, as the network gives them."""
         loader = self.data.normal_dataloader()
-        self.bank = extract(self.trainer, self.embed, loader, "Normal features", merged=not self.shard_bank)
         self.bank_is_whole = not self.shard_bank
-        self.bank_step = self.steps_trained
+        return extract(self.trainer, self.embed, loader, "Normal features", merged=not self.shard_bank)
 
     @override
     def fit_index(self) -> int:
         assert self.bank is not None
-        self.keep_own_part()
-        features = self.scoring_space(self.bank.to(self.device))
-        if self.reduced:
+        if self.shard_bank and self.bank_is_whole:  # as it comes out of a checkpoint
+            self.bank, self.bank_is_whole = self.index.own(self.bank), False
+        return len(self.index.fit(self.entries()))
+
+    def entries(self) -> Tensor:
+        """What distances are taken to, (N, D) in the scoring space: the bank that is here, or its centroids."""
+        if not self.reduced:
+            return self.scoring_space(self.bank.to(self.device))
+        made_from = [self.bank_weights, self.normalize]
+        if self.reduction is None or self.reduction[0] != made_from or len(self.reduction[1]) != self.centroids:
             from sklearn.cluster import KMeans  # slow to import
 
-            kmeans = KMeans(self.centroids, n_init=1, random_state=0).fit(features.cpu().numpy())
-            features = torch.from_numpy(kmeans.cluster_centers_).to(features)
-        return len(self.index.fit(features))
+            features = self.scoring_space(self.bank.cpu()).numpy()
+            kmeans = KMeans(self.centroids, n_init=1, random_state=0).fit(features)
+            self.reduction = (made_from, torch.from_numpy(kmeans.cluster_centers_))
+        return self.reduction[1].to(self.device)
 
     @property
     def reduced(self) -> bool:
@@ -95,20 +127,28 @@ class DN2(BankDetector):
 
     def normal_score(self) -> float:
         """Mean score of the normal training images, none counted as its own neighbour."""
-        assert self.bank is not None
         features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:  # a centroid is no image
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
         if self.k >= len(self.index):
             raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
         distances, rows = self.index.search(features, self.k + 1)
-        itself = rows == self.bank_rows().to(rows).unsqueeze(1)
+        itself = rows == self.index.rows(len(features)).to(rows).unsqueeze(1)
         distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
-        self.serve()
-        return float(self.bank_mean(distances[:, : self.k].sum(dim=1)))
+        self.index.serve()
+        return float(self.index.mean(distances[:, : self.k].sum(dim=1)))
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and self.k > (size := len(self.data.normal_images)):
-            raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+    def whole(self) -> dict[str, Any]:
+        parts = self.bank is not None and not self.bank_is_whole
+        return super().whole() | ({"bank": self.index.whole(self.bank), "bank_is_whole": True} if parts else {})
+
+    @override
+    def merged_scores(self) -> Scores:
+        if self._merged is None:
+            self.index.serve()
+        return super().merged_scores()
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self.index.serve()

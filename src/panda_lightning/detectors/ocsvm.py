@@ -1,20 +1,19 @@
 """One-class SVM on pixels or on pretrained features."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.callbacks import RebuildIndex
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas import metrics
 from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
 from panda_lightning.types import Batch, PandaError
 
@@ -48,7 +47,12 @@ class OCSVM(PretrainedDetector):
         select: none; tenth: gamma in 2^-10..2^-1 by AUROC on a tenth of the test images (oracle); test: nu in 0.1..0.9
             and gamma in 2^-7..2^2 by AUROC on all test images (oracle).
         optimize: See DN2.
+
+    Attributes:
+        bank: The machine: z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma; all float64.
     """
+
+    bank = Derived[dict[str, Tensor] | None](None)
 
     def __init__(
         self,
@@ -70,8 +74,6 @@ class OCSVM(PretrainedDetector):
         self.nu = nu
         self.gamma = gamma
         self.select = select
-        # z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma; all float64
-        self.machine: dict[str, Tensor] | None = None
 
     @property
     @override
@@ -82,10 +84,6 @@ class OCSVM(PretrainedDetector):
     @override
     def auroc_name(self) -> str:
         return "auroc" if self.select == "none" else "auroc_oracle"
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [RebuildIndex(), *super().configure_callbacks()]
 
     @override
     def load_backbone(self) -> None:
@@ -102,42 +100,34 @@ class OCSVM(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        assert self.machine is not None
-        m = self.machine
-        z = self._projected(self.embed(batch).double())
+        assert self.bank is not None
+        m = self.bank
+        z = _projected(self.embed(batch).double(), m)
         return -torch.exp(-m["gamma"] * torch.cdist(z, m["support"]).square()) @ m["alpha"]
 
-    def _projected(self, x: Tensor) -> Tensor:
-        assert self.machine is not None
-        x = x[:, : len(self.machine["mean"])] - self.machine["mean"]
-        return x @ self.machine["components"] if "components" in self.machine else x
+    # ---- fitting -------------------------------------------------------------------------------------------------
 
-    # ---- fitting, asked for by RebuildIndex --------------------------------------------------------------------------
-
-    @property
-    def bank_is_fresh(self) -> bool:
-        """Whether the machine is there."""
-        return self.machine is not None
-
+    @override
     def fit_index(self) -> int:
-        """Move the machine to this device; returns the number of its support vectors."""
-        assert self.machine is not None
-        self.machine = {name: t.to(self.device) for name, t in self.machine.items()}
-        return len(self.machine["support"])
+        assert self.bank is not None
+        self.bank = {name: t.to(self.device) for name, t in self.bank.items()}
+        return len(self.bank["support"])
 
-    def rebuild_bank(self) -> None:
+    @override
+    def make_bank(self) -> dict[str, Tensor]:
         """Fit the machine on the normal training images."""
         from sklearn.svm import OneClassSVM  # slow to import
 
         train = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Normal images").double().cpu()
-        self.machine = self._space(train)
-        z = self._projected(train).numpy()
+        space = self._space(train)
+        z = _projected(train, space).numpy()
         gamma, nu = 1 / (z.shape[1] * z.var()) if self.gamma == "scale" else float(self.gamma), self.nu
         if self.select != "none":
-            gamma, nu = self._selected(z)
+            gamma, nu = self._selected(z, space)
         rank_zero_info(f"{self.method}: {len(z)} images, {z.shape[1]} dimensions, gamma {gamma:.4g}, nu {nu:g}")
         svm = OneClassSVM(gamma=gamma, nu=nu, cache_size=1000).fit(z)
-        self.machine |= {
+        return {
+            **space,
             "support": torch.from_numpy(svm.support_vectors_),
             "alpha": torch.from_numpy(svm.dual_coef_[0]),
             "gamma": torch.tensor(gamma),
@@ -160,7 +150,7 @@ class OCSVM(PretrainedDetector):
             "components": torch.from_numpy(pca.components_.T.copy()) / width,
         }
 
-    def _selected(self, train: Array) -> tuple[float, float]:
+    def _selected(self, train: Array, space: dict[str, Tensor]) -> tuple[float, float]:
         """Gamma and nu with the largest AUROC on labelled test images: oracle."""
         from sklearn.svm import OneClassSVM
 
@@ -170,7 +160,7 @@ class OCSVM(PretrainedDetector):
         if self.select == "tenth":
             rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.data.seed))[: len(test) // 10]
             test, label = test[rows], label[rows]
-        z = self._projected(test)
+        z = _projected(test, space)
         rank_zero_info(f"{self.method}: kernels of {8 * len(train) * (2 * len(train) + len(z)) / 2**30:.1f} GiB")
         own, cross = (torch.cdist(a, torch.from_numpy(train)).square() for a in (torch.from_numpy(train), z))
         nus, gammas = GRIDS[self.select]
@@ -183,14 +173,8 @@ class OCSVM(PretrainedDetector):
                 found.append((-metrics.auroc(score, label), gamma, nu))
         return min(found)[1:]
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["machine"] = self.machine and {name: t.cpu() for name, t in self.machine.items()}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.machine = checkpoint["machine"]
+def _projected(x: Tensor, space: dict[str, Tensor]) -> Tensor:
+    """Inputs (N, D) as the machine sees them, (N, P)."""
+    x = x[:, : len(space["mean"])] - space["mean"]
+    return x @ space["components"] if "components" in space else x

@@ -10,6 +10,7 @@ from typing_extensions import override
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
@@ -52,7 +53,16 @@ class PANDA(DN2):
         index_backend: See DN2.
         index_memory_mb: See DN2.
         shard_bank: See DN2.
+
+    Attributes:
+        centre: (D,), c.
+        start: The adapted parameters before training, by plain timm name.
+        fisher: F, likewise; None without EWC.
     """
+
+    centre = Derived[Tensor | None](None)
+    start = Derived[dict[str, Tensor] | None](None)
+    fisher = Derived[dict[str, Tensor] | None](None)
 
     def __init__(
         self,
@@ -88,9 +98,6 @@ class PANDA(DN2):
         self.normalize_loss = normalize_loss
         self.ewc_weight = ewc_weight
         self.fisher_source = fisher
-        self.centre: Tensor | None = None  # (D,)
-        self.start: dict[str, Tensor] = {}  # adapted parameters before training, by plain timm name
-        self.fisher: dict[str, Tensor] = {}
 
     @property
     @override
@@ -104,9 +111,9 @@ class PANDA(DN2):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms, count = self.loss_terms(batch)
-        if self.ewc_weight:
-            adapted = self.backbone.adapted()
-            ewc = losses.ewc(list(adapted.values()), *([d[n] for n in adapted] for d in (self.start, self.fisher)))
+        if self.fisher is not None:
+            adapted, start, fisher = self.backbone.adapted(), self.start or {}, self.fisher
+            ewc = losses.ewc(list(adapted.values()), *([d[n] for n in adapted] for d in (start, fisher)))
             terms["ewc"] = self.ewc_weight * ewc
         return self.logged_sum(terms, count)
 
@@ -119,47 +126,30 @@ class PANDA(DN2):
 
     @override
     def on_train_epoch_end(self) -> None:
-        moved = [(p.detach() - self.start[name]).square().sum() for name, p in self.backbone.adapted().items()]
+        start = self.start or {}
+        moved = [(p.detach() - start[name]).square().sum() for name, p in self.backbone.adapted().items()]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and self.ewc_weight and self.centre is None:  # a file that does not fit is refused now
+    def accept(self, data: Any) -> None:
+        super().accept(data)
+        if self.trainer.state.fn == "fit" and self.ewc_weight and self.fisher is None:  # what does not fit, says so now
             self.fisher = fisher.from_source(self.fisher_source, self.backbone, self.adapt_stages)
-
-    @override
-    def on_fit_start(self) -> None:
-        if self.ewc_weight and not self.fisher:  # the estimate is named after the pixels: before they are replaced
-            self._fisher_path = fisher.cache_path(self.backbone, self.data.normal_dataloader().dataset)
-        super().on_fit_start()
 
     @override
     def on_train_start(self) -> None:
         """Remember where training starts: centre, weights, Fisher. A resumed run has them from its checkpoint."""
         super().on_train_start()
-        if self.centre is None:
+        if self.start is None:
             if not self.bank_is_fresh:  # validation, which makes it, was switched off
                 self.rebuild_bank()
                 self.fit_index()
-            assert self.bank is not None
-            self.centre = self.bank_mean(self.loss_space(self.bank))
+            self.centre = self.index.mean(self.loss_space(self.bank))
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
-            if self.ewc_weight and not self.fisher:
-                batches = on_device(self.trainer, self.data.normal_dataloader(), "Fisher information")
-                self.fisher = fisher.kept_or_estimated(self._fisher_path, self.backbone, batches, self.trainer.strategy)
-        self.centre = self.centre.to(self.device)
-        self.start = {name: t.to(self.device) for name, t in self.start.items()}
-        self.fisher = {name: t.to(self.device) for name, t in self.fisher.items()}
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["centre"] = None if self.centre is None else self.centre.cpu()
-        checkpoint["start"] = {name: t.cpu() for name, t in self.start.items()}
-        checkpoint["fisher"] = {name: t.cpu() for name, t in self.fisher.items()}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.centre, self.start, self.fisher = (checkpoint[key] for key in ("centre", "start", "fisher"))
+            if self.ewc_weight and self.fisher is None:
+                loader = self.data.normal_dataloader()
+                path = fisher.cache_path(self.backbone, loader.dataset)
+                batches = on_device(self.trainer, loader, "Fisher information")
+                self.fisher = fisher.kept_or_estimated(path, self.backbone, batches, self.trainer.strategy)
+        for name in ("centre", "start", "fisher"):
+            setattr(self, name, mapped(getattr(self, name), lambda tensor: tensor.to(self.device)))

@@ -66,8 +66,15 @@ class PANDAOE(PretrainedDetector):
     @override
     def configure_model(self) -> None:
         if hasattr(self, "backbone") and not hasattr(self, "head"):
-            with seeded():
-                self.head = nn.Linear(self.backbone.num_features, 1)
+            self.head = self._fresh_head()
+
+    def _fresh_head(self) -> nn.Module:
+        with seeded():
+            return nn.Linear(self.backbone.num_features, 1)
+
+    @override
+    def fresh_networks(self) -> dict[str, Any]:
+        return {**super().fresh_networks(), **({"head": self._fresh_head()} if hasattr(self, "backbone") else {})}
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -91,6 +98,6 @@ class PANDAOE(PretrainedDetector):
         return [*super().cached_dataloaders(), self.data.outlier_dataloader()]
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
         self.configure_model()

@@ -74,7 +74,7 @@ class PatchCore(SegmentationDetector):
         return torch.cat(joined, dim=1).flatten(2).mT
 
     @override
-    def rebuild_bank(self) -> None:
+    def make_bank(self) -> Tensor:
         patches = self.normal_rows().flatten(0, 1)
         size = max(1, round(self.coreset * len(patches)))
         if size < len(patches):
@@ -83,7 +83,7 @@ class PatchCore(SegmentationDetector):
                 chosen = greedy_coreset(patches, size, self.seed)
                 rows = torch.cat(list(on_device(self.trainer, chosen, f"Coreset of {size} patches", min(size, 100))))
             patches = patches[self.trainer.strategy.broadcast(rows)]
-        self.bank, self.bank_step = patches, self.steps_trained
+        return patches
 
     @override
     def fit_index(self) -> int:

@@ -71,27 +71,37 @@ class PretrainedDetector(Detector):
 
         A run does it by itself, unless the network has come from a checkpoint.
         """
-        self.backbone = Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)
+        self.backbone = self.fresh_networks()["backbone"]
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if hasattr(self, "backbone") and self.data.image_size < self.backbone.stride:
+    def fresh_networks(self) -> dict[str, Any]:
+        return {"backbone": Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)}
+
+    @property
+    @override
+    def interpolation(self) -> str | None:  # type: ignore[override]
+        return self.backbone.interpolation if hasattr(self, "backbone") else None
+
+    @override
+    def accept(self, data: Any) -> None:
+        super().accept(data)
+        size = data.view.size
+        if hasattr(self, "backbone") and size < self.backbone.stride:
             raise PandaError(
-                f"image_size={self.data.image_size} is smaller than the stride of {self.backbone.architecture}: "
+                f"image_size={size} is smaller than the stride of {self.backbone.architecture}: "
                 f"choose {self.backbone.stride} or more."
             )
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["backbone"] = self.backbone.config if hasattr(self, "backbone") else None
+    def whole(self) -> dict[str, Any]:
+        return {**super().whole(), "network": self.backbone.config if hasattr(self, "backbone") else None}
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if not hasattr(self, "backbone") and checkpoint["backbone"] is not None:
-            self.backbone = Backbone.from_config(checkpoint["backbone"], self.adapt_stages, self.optimize)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        config = self.derived["network"]
+        if config is not None and not (hasattr(self, "backbone") and self.backbone.config == config):
+            self.backbone = Backbone.from_config(config, self.adapt_stages, self.optimize)
 
     # ---- its adaptation ------------------------------------------------------------------------------------------
 

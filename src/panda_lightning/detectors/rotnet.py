@@ -9,7 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
-from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.base import Detector, seeded
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch
@@ -47,11 +47,22 @@ class MultiHeadRotNet(Detector):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.depth = depth
+        self.width = width
+        self.dropout = dropout
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.network = WideResNet(depth, width, dropout)
-        self.head = nn.Linear(self.network.num_features, sum(HEADS.values()))
+        self.network: WideResNet
+        self.head: nn.Linear
+        for name, network in self.fresh_networks().items():
+            setattr(self, name, network)
+
+    @override
+    def fresh_networks(self) -> dict[str, nn.Module]:
+        with seeded():
+            network = WideResNet(self.depth, self.width, self.dropout)
+            return {"network": network, "head": nn.Linear(network.num_features, sum(HEADS.values()))}
 
     def logits(self, images: Tensor, transform: Tensor) -> tuple[Tensor, ...]:
         """Each head's logits (B, 4), (B, 3), (B, 3) for images (B, 3, S, S) uint8 after the transforms (B, 3)."""

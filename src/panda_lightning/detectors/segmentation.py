@@ -11,20 +11,21 @@ from torchvision.transforms.functional import gaussian_blur
 from typing_extensions import override
 
 from panda_lightning.callbacks import AnomalyMaps
-from panda_lightning.detectors.bank import BankDetector
+from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.networks.pyramid import level_pieces, pyramid
+from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.processes import of_each, world_size
-from panda_lightning.search.knn import Backend
+from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 
-class SegmentationDetector(BankDetector):
+class SegmentationDetector(PretrainedDetector):
     """Scores every pixel by comparing its patch of a pretrained network's feature maps with those of normal images.
 
-    A method overrides ``embed``, ``rebuild_bank``, ``fit_index`` and ``score_and_map``. Nothing is trained: ``lightning
+    A method overrides ``embed``, ``make_bank``, ``fit_index`` and ``score_and_map``. Nothing is trained: ``lightning
     test`` builds the bank, scores the test images and saves ``last.ckpt``. Maps have the size of the resized images,
     and so have the masks that they are held against.
 
@@ -46,6 +47,10 @@ class SegmentationDetector(BankDetector):
         value_range: Least and largest value of the maps there.
     """
 
+    bank = Derived[Tensor | None](None)
+    threshold = Derived[float | None](None)
+    value_range = Derived[tuple[float, float] | None](None)
+
     def __init__(
         self,
         backbone: str,
@@ -58,7 +63,8 @@ class SegmentationDetector(BankDetector):
         index_backend: Backend,
         index_memory_mb: int,
     ) -> None:
-        super().__init__(backbone, weights, optimize, index_backend, index_memory_mb)
+        super().__init__(backbone, weights, optimize)
+        self.index = KNNIndex(index_backend, index_memory_mb)
         self.levels = levels
         if sigma < 0:
             raise PandaError(f"sigma={sigma} smooths nothing: choose 0 or more pixels (4 in the papers).")
@@ -67,8 +73,6 @@ class SegmentationDetector(BankDetector):
         self.half_bank = half_bank
         self.pixels = PixelHistogram()
         self.pixel_metrics: PixelMetrics | None = None
-        self.threshold: float | None = None
-        self.value_range: tuple[float, float] | None = None
 
     @abstractmethod
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -105,10 +109,10 @@ class SegmentationDetector(BankDetector):
     # ---- features ----------------------------------------------------------------------------------------------------
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def accept(self, data: Any) -> None:
+        super().accept(data)
         level_pieces(self.backbone, self.levels)  # what the network lacks is said before images are decoded
-        size, tile = self.data.image_size, self.tile or self.data.image_size
+        size, tile = data.view.size, self.tile or data.view.size
         if size % tile or tile < self.backbone.stride:
             raise PandaError(
                 f"tile={tile} does not suit image_size={size}: choose a divisor of at least {self.backbone.stride}, "
@@ -126,7 +130,7 @@ class SegmentationDetector(BankDetector):
 
     def normal_rows(self) -> Tensor:
         """What ``embed`` makes of the normal training images, (N, ...); says beforehand what memory it takes."""
-        count, side = len(self.data.normal_images), self.data.image_size
+        count, side = len(self.data.normal_images), self.data.view.size
         one = self.embed({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)})  # type: ignore[typeddict-item]
         dtype = torch.float16 if self.half_bank else torch.float32
         rank_zero_info(
@@ -169,16 +173,6 @@ class SegmentationDetector(BankDetector):
             self.threshold = found.threshold
             values = {"pixel_auroc": found.auroc, "pro": found.pro, "pixel_ap": found.ap, "pixel_f1_oracle": found.f1}
             self.log_dict({f"{stage}/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["maps"] = {"threshold": self.threshold, "range": self.value_range}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.threshold, self.value_range = checkpoint["maps"]["threshold"], checkpoint["maps"]["range"]
 
 
 def _stitched(maps: Tensor, n: int) -> Tensor:

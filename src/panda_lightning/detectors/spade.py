@@ -1,5 +1,7 @@
 """SPADE: anomalous pixels by correspondence with the most similar normal images."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -53,9 +55,9 @@ class SPADE(SegmentationDetector):
         self.k = k
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.bank is None and self.k > (size := len(self.data.normal_images)):
+    def accept(self, data: Any) -> None:
+        super().accept(data)
+        if self.bank is None and self.k > (size := len(data.normal_images)):
             raise PandaError(
                 f"k={self.k} images to compare with, but there are {size} normal ones: choose 1 to {size}."
             )
@@ -68,8 +70,8 @@ class SPADE(SegmentationDetector):
         return torch.cat([pooled, *(m.flatten(1) for m in maps)], dim=1)
 
     @override
-    def rebuild_bank(self) -> None:
-        self.bank, self.bank_step = self.normal_rows(), self.steps_trained
+    def make_bank(self) -> Tensor:
+        return self.normal_rows()
 
     @override
     def fit_index(self) -> int:
@@ -81,10 +83,6 @@ class SPADE(SegmentationDetector):
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert self.bank is not None
         rows = self.embed(batch)
-        if rows.shape[1] != self.bank.shape[1]:
-            raise PandaError(
-                f"image_size={self.data.image_size} is not that of the images in the checkpoint's bank: choose theirs."
-            )
         distances, nearest = self.index.search(rows[:, : self.backbone.num_features], self.k)
         size = batch["image"].shape[-1]
         maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]

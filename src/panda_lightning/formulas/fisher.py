@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.derived import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
@@ -164,8 +164,8 @@ def _draw(probabilities: Tensor, index: Tensor, seed: int) -> Tensor:
     return below.sum(dim=1).clamp(max=probabilities.shape[1] - 1)
 
 
-def from_source(source: str, backbone: Backbone, adapt_stages: int) -> Diagonal:
-    """What ``PANDA(fisher=...)`` names; empty where it must be estimated.
+def from_source(source: str, backbone: Backbone, adapt_stages: int) -> Diagonal | None:
+    """What ``PANDA(fisher=...)`` names; None where it must be estimated.
 
     Args:
         source: ``ones``; ``auto``, the diagonal beside the weights, if it is of all adapted layers; or a file.
@@ -184,7 +184,7 @@ def from_source(source: str, backbone: Backbone, adapt_stages: int) -> Diagonal:
         rank_zero_info(f"fisher=auto: the diagonal that came with the weights, {beside}")
         return load(str(beside), backbone)
     require_classifier(backbone)
-    return {}
+    return None
 
 
 def kept_or_estimated(path: Path, backbone: Backbone, batches: Iterable[Batch], strategy: Strategy) -> Diagonal:
@@ -266,8 +266,8 @@ def header(path: str | Path) -> dict[str, str]:
 
 
 def weights_name(backbone: Backbone) -> str:
-    """A short name of the network's weights, which the files made from them carry."""
-    return fingerprint(backbone.model.state_dict())
+    """A short name of the network, weights and preprocessing, which the files made from it carry."""
+    return fingerprint(backbone.made_of())
 
 
 def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = False) -> None:
@@ -292,8 +292,7 @@ def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = 
 
 
 def cache_path(backbone: Backbone, dataset: Any) -> Path:
-    """Where an estimate is kept: a name made of the weights, the adapted layers and the very pixels used."""
-    words = f"per-sample, drawn labels, seed 0, {list(backbone.adapted())}"
-    name = fingerprint(backbone.model.state_dict(), dataset, words)
+    """Where an estimate is kept: a name made of the network, the adapted layers and the very pixels used."""
+    name = fingerprint("per-sample, drawn labels, seed 0", backbone.made_of(), list(backbone.adapted()), dataset)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{name}.safetensors"

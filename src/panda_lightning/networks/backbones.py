@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from panda_lightning.networks.folding import Layer, fold_batchnorm, run
+from panda_lightning.runtime.checkpoints import require_format
 from panda_lightning.types import PandaError
 
 Optimize = Literal["plain", "channels_last", "folded", "compiled"]
@@ -164,9 +165,10 @@ class Backbone(nn.Module):
         if not Path(path).is_file():
             raise PandaError(f"backbone={path} is not a file: name a checkpoint of this project or a timm model.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "backbone" not in checkpoint:
+        config = require_format(checkpoint)["derived"].get("network")
+        if config is None:
             raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
-        backbone = cls.from_config(checkpoint["backbone"], adapt_stages, optimize)
+        backbone = cls.from_config(config, adapt_stages, optimize)
         prefix = "backbone.model."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         backbone.model.load_state_dict(state)
@@ -216,10 +218,19 @@ class Backbone(nn.Module):
         """The adapted parameters by plain timm names, such as ``layer3.0.conv1.weight``."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def frozen_state(self) -> dict[str, Tensor]:
-        """By name, all that stays as it is in adaptation: the output of ``prefix`` depends on nothing else."""
-        adapted = self.adapted()
-        return {name: t for name, t in self.model.state_dict().items() if name not in adapted}
+    def made_of(self, frozen: bool = False) -> dict[str, Any]:
+        """All that features depend on: weights, preprocessing, and how timm builds the network.
+
+        Args:
+            frozen: Only what the output of ``prefix`` depends on.
+        """
+        adapted = self.adapted() if frozen else {}
+        weights = {name: t for name, t in self.model.state_dict().items() if name not in adapted}
+        return {"weights": weights, "pieces": self.pieces[: self._split] if frozen else self.pieces, **self._form}
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        return {"architecture": self.architecture, "args": self.model_args, "mean": self.mean, "std": self.std}
 
     def prefix(self, images: Tensor) -> Tensor:
         """Normalise and pass the frozen layers; what has passed them before is returned as it is.

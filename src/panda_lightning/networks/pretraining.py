@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from panda_lightning.datamodules.base import ShardedSampler
 from panda_lightning.datamodules.folder import images_below
-from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is
+from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
+from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.features import extract
 from panda_lightning.types import Batch, PandaError
@@ -87,7 +87,7 @@ class LabelledFolder(pl.LightningDataModule):
         targets = np.array([number[name] for _, name in found], dtype=np.int64)
         view = View(self.image_size, "squash", self.image_size, "bicubic", None)
         images = Images([path for path, _ in found], targets)
-        return ImageDataset(images, targets, view, True, False, f"Decoding {what} images")
+        return ImageDataset(decoded(images, view, True, False, f"Decoding {what} images"), targets, view)
 
     def _loader(self, what: str, train: bool) -> DataLoader[Batch]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

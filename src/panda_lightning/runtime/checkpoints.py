@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, in one pass; a broken one is refused."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -12,6 +13,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from panda_lightning.types import PandaError
+
+FORMAT = 2  # of a detector's extra state; another number where what is kept there changes its meaning
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -68,14 +71,32 @@ def require_whole(path: str | Path) -> None:
         raise PandaError(f"the checkpoint {path} is broken ({fault}). {advice}")
 
 
-def newest_whole(*folders: Path) -> Path | None:
-    """The newest checkpoint of these folders; a warning names those that are newer and broken."""
+def require_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The extra state of a detector's checkpoint (see Detector.get_extra_state).
+
+    Raises:
+        PandaError: If it has none, or one of another format.
+    """
+    state = checkpoint.get("state_dict", {}).get("_extra_state")
+    number = state.get("format") if isinstance(state, dict) else None
+    if number != FORMAT:
+        what = f"has format {number}" if number else "has no format number: it is foreign, or older than that number"
+        raise PandaError(
+            f"the checkpoint {what}; this version reads format {FORMAT}. Train anew, or use the version that wrote it."
+        )
+    found: dict[str, Any] = state
+    return found
+
+
+def newest_whole(*folders: Path, suits: Callable[[Path], bool] = lambda path: True) -> Path | None:
+    """The newest checkpoint of these folders that ``suits``; a warning names those that are newer and broken."""
     paths = [path for folder in folders for path in folder.glob("*.ckpt")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         fault = _fault(path)
-        if fault is None:
+        if fault is not None:
+            rank_zero_warn(f"The checkpoint {path} is broken ({fault}) and passed over.")
+        elif suits(path):
             return path
-        rank_zero_warn(f"The checkpoint {path} is broken ({fault}) and passed over.")
     return None
 
 

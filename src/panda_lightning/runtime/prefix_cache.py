@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.runtime.derived import fingerprint
 from panda_lightning.runtime.features import gather, on_device
-from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch
+
+RULE = 2  # of what is in a file; another number where the same network would give other values
 
 
 def cache_prefix(
     trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], budget: int, half: bool, folder: str | None
 ) -> int:
-    """Let every image of a data set pass the frozen layers once, and keep what comes out in the data set.
+    """Let every image of a data set pass the frozen layers once; batches of this run then show what came out.
 
     It is kept on the GPU where half of its free memory holds it, else in the computer's memory, or in a file. The
     processes share the work, and each has all of it afterwards.
@@ -35,7 +37,7 @@ def cache_prefix(
     Args:
         trainer: Gives device, precision and progress bar.
         backbone: Whose frozen layers.
-        loader: Of a data set with ``replace_pixels``: all of it in order, or this process's share.
+        loader: Of an ImageDataset of the run under way: all of it in order, or this process's share.
         budget: Bytes of memory that it may take; where it needs more, the images stay.
         half: Keep float16, whatever the precision of the run.
         folder: Keep it in a file of this folder, where it is found again by the same images and layers; the budget
@@ -55,7 +57,7 @@ def cache_prefix(
     path, room = None, budget
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        name = fingerprint(backbone.frozen_state(), dataset, f"{dtype} {trainer.precision}")
+        name = fingerprint(RULE, backbone.made_of(frozen=True), backbone.optimize, dataset, dtype, trainer.precision)
         path = Path(folder) / f"{backbone.architecture}-{name}.hidden"
         room = needed if path.is_file() else shutil.disk_usage(folder).free
     if not strategy.reduce_boolean_decision(needed <= room):
@@ -79,7 +81,7 @@ def cache_prefix(
             strategy.barrier()
         hidden = _mapped(path, shape, dtype).to(place)
     rank_zero_info(f"{what} is kept: {needed / 2**20:.0f} MiB {f'in {path}' if path else f'on {place}'}.")
-    dataset.replace_pixels(hidden)
+    dataset.hidden = hidden
     return 0 if path else needed
 
 

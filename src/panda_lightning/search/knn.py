@@ -103,6 +103,27 @@ class KNNIndex:
             return queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long)
         return torch.cat(distances), torch.cat(neighbours)
 
+    # ---- a bank of which each process may hold a part: see search/sharded.py; here each has all of it
+
+    def own(self, bank: Tensor) -> Tensor:
+        """The rows of a whole bank (N, ...) that this process is to hold."""
+        return bank
+
+    def rows(self, count: int) -> Tensor:
+        """The numbers in the whole bank of the ``count`` rows that this process holds."""
+        return torch.arange(count)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the whole bank of a value (N, ...) for each row that this process holds."""
+        return values.mean(dim=0)
+
+    def whole(self, bank: Tensor) -> Tensor:
+        """The whole bank, on the CPU, from the rows that this process holds; every process must call it."""
+        return bank.cpu()
+
+    def serve(self) -> None:
+        """Search for other processes until none has queries; every process calls it when it has no more."""
+
     def _check(self, k: int) -> None:
         if not 1 <= k <= len(self):
             raise PandaError(

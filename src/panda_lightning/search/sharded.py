@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from panda_lightning.runtime.features import gather
 from panda_lightning.runtime.processes import of_each, world_size
 from panda_lightning.search.knn import KNNIndex
 
@@ -17,6 +18,8 @@ class ShardedIndex(KNNIndex):
     Each searches its part for the queries of all, and keeps of all answers the k best to its own. So all must search at
     the same time; one that has no more queries calls ``serve``. ``fit`` and ``search`` give what KNNIndex gives.
     """
+
+    ROUND = 4096  # rows of each process that are sent at once
 
     @override
     def fit(self, bank: Tensor) -> Self:
@@ -31,6 +34,38 @@ class ShardedIndex(KNNIndex):
         return self._size
 
     @override
+    def own(self, bank: Tensor) -> Tensor:
+        return bank[dist.get_rank() :: world_size()].clone() if world_size() > 1 else bank
+
+    @override
+    def rows(self, count: int) -> Tensor:
+        return torch.arange(count) * world_size() + (dist.get_rank() if world_size() > 1 else 0)
+
+    @override
+    def mean(self, values: Tensor) -> Tensor:
+        if world_size() == 1:
+            return super().mean(values)
+        total = of_each(torch.cat([values.sum(dim=0, dtype=torch.float64).flatten(), self._count(values)])).sum(dim=0)
+        return (total[:-1] / total[-1]).view(values.shape[1:]).to(values)
+
+    @staticmethod
+    def _count(values: Tensor) -> Tensor:
+        return torch.tensor([len(values)], dtype=torch.float64, device=values.device)
+
+    @override
+    def whole(self, bank: Tensor) -> Tensor:
+        if world_size() == 1:
+            return bank.cpu()
+        rows = self.rows(len(bank)).to(bank.device)
+        count = -(-int(of_each(self._count(bank)).max()) // self.ROUND)  # as many pieces on every process
+        pieces = [
+            tuple(column.cpu() for column in gather([(rows[piece], bank[piece])]))
+            for piece in (slice(i * self.ROUND, (i + 1) * self.ROUND) for i in range(count))
+        ]
+        _, merged = gather(pieces, merged=False)
+        return merged
+
+    @override
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self._check(k)
         if world_size() == 1:
@@ -38,8 +73,8 @@ class ShardedIndex(KNNIndex):
         found = self._round(queries.detach().float(), k) if len(queries) else None
         return found or (queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long))
 
+    @override
     def serve(self) -> None:
-        """Search for other processes until none has queries; every process calls it when it has no more."""
         while world_size() > 1 and self._round(self._mean.new_empty(0, len(self._mean)), 0):
             pass
 

@@ -161,12 +161,8 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
 # ---- looking -----------------------------------------------------------------------------------------------------
 
 
-def _view(data: AnomalyDataModule) -> View:
-    return View(data.image_size, data.crop, data.resize, data.interpolation or "bilinear", data.before)
-
-
 def _survey(data: AnomalyDataModule, split: Split, images: Images) -> Survey:
-    view = _view(data)
+    view = data.view
     if isinstance(images.sources, np.ndarray):
         names = [f"row {i}" for i in range(len(images))]
     else:
@@ -220,7 +216,7 @@ def _empty_classes(data: AnomalyDataModule, surveys: dict[Split, Survey], used: 
 
 
 def _classes_table(data: AnomalyDataModule, surveys: dict[Split, Survey], number: int | None) -> Table:
-    chosen = "" if number is None else f", class {data.classes[number]} with protocol {data.protocol}"
+    chosen = "" if number is None else f", class {data.classes[number]} with protocol {data.problem['protocol']}"
     table = Table(
         title=escape(f"{type(data).__name__}{chosen}"), box=box.SIMPLE, show_footer=True, title_justify="left"
     )
@@ -279,7 +275,7 @@ def _files_table(
         add("masks", masked)
     add("on disk", lambda s: _bytes(_disk(s)) + (" as an array" if isinstance(s.images.sources, np.ndarray) else ""))
     if used:
-        heading = f"decoded at {data.image_size} px, limit {data.memory_gb:g} GiB"
+        heading = f"decoded at {data.view.size} px, limit {data.memory_gb:g} GiB"
         add(heading, lambda s: _decoded(data, len(used[s.split])) if s.split in used else "")
     return table
 
@@ -299,7 +295,7 @@ def _disk(survey: Survey) -> int:
 
 
 def _decoded(data: AnomalyDataModule, count: int) -> str:
-    size = count * 3 * data.image_size**2
+    size = count * 3 * data.view.size**2
     fits = size <= data.memory_gb * 2**30
     return f"{_bytes(size)} {'in memory' if fits else 'from disk'}"
 
@@ -352,18 +348,19 @@ def _draw(path: Path, data: AnomalyDataModule, surveys: dict[Split, Survey]) -> 
     for axes, (title, survey, rows), height in zip(many, parts, heights, strict=True):
         _draw_part(axes, data, survey, rows, height)
         axes.set_title(title, loc="left", fontsize=12)
-    how = f"crop {data.crop}" + (f", resize {data.resize}" if data.crop == "center" else "")
-    figure.suptitle(f"{type(data).__name__} as training sees it: {data.image_size} px, {how}", fontsize=12, x=0.5)
+    view = data.view
+    how = f"crop {view.crop}" + (f", resize {view.resize}" if view.crop == "center" else "")
+    figure.suptitle(f"{type(data).__name__} as training sees it: {view.size} px, {how}", fontsize=12, x=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, format="png")
     return True
 
 
 def _draw_part(axes: Any, data: AnomalyDataModule, survey: Survey, rows: npt.NDArray[np.int64], height: int) -> None:
-    view = _view(data)
+    view = data.view
     for place, row in enumerate(rows):
         image = Image.fromarray(np.ascontiguousarray(view(survey.images.sources[row]).transpose(1, 2, 0)))
-        if data.image_size > TILE:
+        if view.size > TILE:
             image = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
         x, y = place % COLUMNS, place // COLUMNS * 1.2
         axes.imshow(image, extent=(x + 0.03, x + 0.97, y + 0.94, y), interpolation="antialiased")

@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules.folder import images_below
-from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is
+from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.derived import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 HELP = "Estimate the Fisher-information diagonal of a network's pretraining task, which weights EWC."
@@ -67,7 +67,8 @@ def run(config: Namespace) -> int:
     size = config.image_size or int(backbone.config["pretrained_cfg"]["input_size"][-1])
     view = View(size, config.crop, round(size / 0.875), backbone.interpolation, None)
     in_memory = len(files) * 3 * size**2 < 4 * 2**30
-    dataset = ImageDataset(Images(files, labels), labels, view, in_memory, False, "Decoding images")
+    found = decoded(Images(files, labels), view, in_memory, False, "Decoding images")
+    dataset = ImageDataset(found, labels, view)
     convention = "per-sample" if config.batch is None else f"batch {config.batch}"
     metadata = {
         "backbone": config.backbone if config.weights is None else f"{config.backbone} {config.weights}",
@@ -78,7 +79,7 @@ def run(config: Namespace) -> int:
         "samples": str(len(files)),
         "adapt_stages": str(config.adapt_stages),
         "image_size": f"{size} {config.crop}",
-        "data": fingerprint({}, dataset),
+        "data": fingerprint(dataset),
     }
     trainer = pl.Trainer(
         accelerator=config.accelerator,

@@ -1,0 +1,66 @@
+"""Loaders that know of processes and of resumed epochs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from panda_lightning.types import Batch
+
+
+class ShardedSampler(DistributedSampler[int]):
+    """Rows of this process: one order for any number of processes, dealt out like cards.
+
+    Without shuffling nothing is repeated, and processes may hold different numbers of rows. With shuffling each epoch
+    has its permutation, and the last round is filled up with -1, so that all processes make the same steps. (The base
+    class is torch's so that Lightning leaves the sampler alone; its repeats are what this one avoids.)
+    """
+
+    def __init__(self, size: int, world: int, rank: int, shuffle: bool, seed: int = 0) -> None:
+        self.size, self.world, self.rank, self.shuffle, self.seed = size, world, rank, shuffle, seed
+        self.epoch = 0
+        self.skip = 0  # rows of this process to leave out at the start, see ResumableLoader
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.size)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.size, generator=generator)
+            order = torch.cat([order, order.new_full((-self.size % self.world,), -1)])
+        return iter(order[self.rank :: self.world][self.skip :].tolist())
+
+    def __len__(self) -> int:
+        missing = self.size - self.rank
+        return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader that goes on in the middle of an epoch: Lightning keeps its place in every checkpoint.
+
+    Batches are drawn from the sampler when the first is asked for, not when an iterator is made, since Lightning tells
+    the sampler the epoch in between.
+    """
+
+    done = 0  # batches given out in this epoch
+    resumed: tuple[int, int] = (-1, 0)  # epoch, and batches given out in it before
+
+    @override
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        epoch, done = self.resumed
+        sampler: Any = self.sampler
+        sampler.skip = done % len(self) * (self.batch_size or 1) if epoch == sampler.epoch else 0
+        self.resumed, self.done = (-1, 0), sampler.skip // (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the training images' order, the same on every process."""
+        sampler: Any = self.sampler
+        return {"epoch": sampler.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at this place, once."""
+        self.resumed = (state["epoch"], state["done"])

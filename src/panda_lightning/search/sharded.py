@@ -33,10 +33,11 @@ class ShardedIndex(KNNIndex):
     @override
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self._check(k)
-        if world_size() == 1:
+        if world_size() == 1 or not len(queries):
             return self._search(queries, k)
-        found = self._round(queries.detach().float(), k) if len(queries) else None
-        return found or (queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long))
+        found = self._round(queries.detach().float(), k)
+        assert found is not None, "this process has queries"
+        return found
 
     def serve(self) -> None:
         """Search for other processes until none has queries; every process calls it when it has no more."""

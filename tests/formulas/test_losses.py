@@ -54,6 +54,13 @@ def test_mean_shifted_is_that_of_a_plain_loop(options, tau):
     np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
+def test_mean_shifted_has_the_gradient_that_differences_give():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2))
+    centre = torch.randn(4, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda *views: losses.mean_shifted(*views, centre), (first, second))
+
+
 def test_the_soft_boundary_is_that_of_a_plain_loop():
     distances, radius, nu = [0.1, 4.0, 9.0, 16.0], 2.0, 0.1
     expected = sum(radius**2 + max(0.0, d - radius**2) / nu for d in distances) / 4

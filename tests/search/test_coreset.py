@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from panda_lightning.search.coreset import greedy_coreset
 from tests.search.test_knn import DEVICES
@@ -51,6 +52,29 @@ def test_settings_around_the_choices_change_nothing_and_stay_as_they_are_between
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(torch.cat(found), expected)
+
+
+class Looks(TorchFunctionMode):
+    """Writes down how many of how many points each look at all of them takes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.topk:
+            self.found.append((args[1], len(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_most_choices_are_made_among_a_thirty_second_of_the_points():
+    points = torch.randn(16_000, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    saved = []
+    with Looks() as looks, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        list(greedy_coreset(points, 300))
+    assert set(looks.found) == {(501, 16_000)}  # the 500 farthest, and the one that bounds all others
+    assert len(looks.found) < 300 / 8
+    assert not saved  # for a gradient
 
 
 def test_the_seed_draws_the_first_choice_and_equal_points_are_taken_once():

@@ -165,19 +165,21 @@ def test_what_fills_up_the_last_group_is_nobodys_neighbour():
 @pytest.mark.parametrize(("backend", "products"), [("torch", 2 * 20_000), ("faiss", 0)])
 def test_a_chunk_takes_the_memory_it_may(backend, products):
     """Differences and, in torch, products are there twice: before and after they are put together or squared."""
-    index = Watched(backend, memory_mb=3).fit(torch.randn(20_000, 40))
-    index.search(torch.randn(150, 40), 92)
-    chunk = 3 * 2**20 // (4 * (products + 2 * 100 * 40))
-    assert index.chunks[:-1] == [chunk] * (149 // chunk)
-    large = KNNIndex(backend).fit(torch.randn(10, 40)).memory_mb
-    assert large == 512
+    bank, queries = torch.randn(20_000, 32), torch.randn(200, 32)
+    for memory_mb in (3, 0):
+        index = Watched(backend, memory_mb).fit(bank)
+        index.search(queries, 120)
+        chunk = memory_mb * 2**20 // (4 * (products + 2 * 128 * 32)) or 1
+        assert index.chunks[:-1] == [chunk] * (199 // chunk)
+    assert KNNIndex().memory_mb == 512
 
 
-def test_differences_on_a_cpu_are_taken_a_million_at_a_time():
-    index = Watched("torch").fit(torch.randn(3000, 200))
-    index.search(torch.randn(1000, 200), 92)
-    block = 2**20 // (100 * 200)
-    assert [rows for rows, _ in index.blocks[:-1]] == [block] * (999 // block)
+@pytest.mark.parametrize(("kind", "count", "dim", "candidates"), [(Watched, 1000, 200, 11), (Fours, 3, 24_000, 44)])
+def test_differences_on_a_cpu_are_taken_a_million_at_a_time(kind, count, dim, candidates):
+    index = kind("torch").fit(torch.randn(176, dim))
+    index.search(torch.randn(count, dim), 3)
+    block = 2**20 // (candidates * dim) or 1
+    assert set(index.blocks[:-1]) == {(block, candidates)}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,20 @@ def test_faiss_serves_wide_features_on_a_cpu_where_nothing_is_chosen(monkeypatch
     index = KNNIndex(backend).fit(torch.randn(5, dim))
     with pytest.raises(ImportError) if used else nullcontext():
         index.search(torch.randn(2, dim), 1)
+
+
+def test_a_process_takes_256_mib_of_a_gpu_for_faiss_once(monkeypatch):
+    class Resources:
+        def setTempMemory(self, size):  # noqa: N802
+            taken.append(size)
+
+    taken: list[int] = []
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(StandardGpuResources=Resources))
+    knn._gpu_resources.cache_clear()
+    assert isinstance(knn._gpu_resources(), Resources)
+    assert knn._gpu_resources() is knn._gpu_resources()
+    assert taken == [256 * 2**20]
+    knn._gpu_resources.cache_clear()
 
 
 def test_half_precision_features_are_searched_in_float32():

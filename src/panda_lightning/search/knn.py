@@ -98,7 +98,7 @@ class KNNIndex:
                 near = self._candidates(chunk, count, group)
                 pieces = zip(torch.split(chunk, block), torch.split(near, block), strict=True)
                 exact = torch.cat([self._distances(*piece) for piece in pieces])
-                distance, order = exact.topk(k, largest=False, sorted=True)
+                distance, order = exact.topk(k, largest=False)  # sorted
                 distances.append(distance)
                 neighbours.append(near.gather(1, order))
         return torch.cat(distances), torch.cat(neighbours)

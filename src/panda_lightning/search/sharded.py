@@ -64,5 +64,5 @@ class ShardedIndex(KNNIndex):
         # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
         answers = (of_each(t).view(world, world, most, k)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
         distance, row = (t[: len(queries)] for t in answers)
-        best, order = distance.topk(k, largest=False, sorted=True)
+        best, order = distance.topk(k, largest=False)  # sorted
         return best, row.gather(1, order)

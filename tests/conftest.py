@@ -68,7 +68,7 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """
 
     def call(world: int, function: Callable[[int], Any]) -> list[Any]:
-        meeting, mine, mail = threading.Barrier(world, timeout=20), threading.local(), [None] * world
+        meeting, mine, mail = threading.Barrier(world, timeout=60), threading.local(), [None] * world
 
         def exchange(thing: Any) -> list[Any]:
             mail[mine.rank] = thing

@@ -29,6 +29,11 @@ def test_gather_orders_by_index_and_drops_repeats_and_fillers(index):
     assert torch.equal(more, found.view(-1, 1, 1).expand(-1, 2, 3))
 
 
+def test_gather_copies_nothing_where_one_batch_is_in_order():
+    part = (torch.tensor([0, 2, 3]), torch.rand(3, 2))
+    assert all(ours is theirs for ours, theirs in zip(gather([part]), part, strict=True))
+
+
 def test_gather_of_fillers_alone_is_empty():
     index, values = gather([(torch.tensor([-1, -1]), torch.ones(2, 3))])
     assert (len(index), tuple(values.shape)) == (0, (0, 3))
@@ -90,16 +95,24 @@ def test_features_are_taken_at_the_trainers_precision():
     assert seen == [False, True]
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    return console.file
+
+
 @pytest.mark.parametrize(
     ("bar", "options", "shown"), [(True, {}, True), (False, {}, False), (True, {"refresh_rate": 0}, False)]
 )
-def test_a_bar_shows_title_and_progress_where_the_trainer_shows_its_own(monkeypatch, bar, options, shown):
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr("rich.progress.get_console", lambda: terminal)
+def test_a_bar_shows_title_and_progress_where_the_trainer_shows_its_own(terminal, bar, options, shown):
     run = trainer(enable_progress_bar=bar, callbacks=[TQDMProgressBar(**options)] if bar else [])
-    batches = list(on_device(run, iter([batch(0), batch(1), batch(2)]), "Some features", 3))
+    batches = list(on_device(run, (batch(i) for i in range(3)), "Some features", 3))
     assert [b["index"].tolist() for b in batches] == [[0], [1], [2]]
-    out = terminal.file.getvalue()
+    out = terminal.getvalue()
     assert ("Some features" in out) == shown
     assert ("67%" in out) == shown  # two of three
+    assert out.rstrip("\n").endswith("\x1b[2K") == shown  # and is gone at the end
+    extract(run, lambda b: b["image"], [batch(0)], "Other features")
+    assert ("Other features" in terminal.getvalue()) == shown

@@ -1,11 +1,16 @@
 """What the tests share. Nothing here needs network, GPU or ../shared."""
 
+import operator
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -53,6 +58,51 @@ def picture(kind: str, number: int, size: int = 40) -> Image.Image:
         grey = np.sin((x * rng.uniform(0.5, 1) + y * rng.uniform(0.5, 1)) * 40) / 2 + 0.5
     rgb = grey[..., None] * rng.uniform(0.6, 1, 3) + rng.normal(0, 0.03, (size, size, 3))
     return Image.fromarray((rgb.clip(0, 1) * 255).astype(np.uint8))
+
+
+@pytest.fixture
+def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Call a function of the rank in some threads that take themselves for processes; returns what each returned.
+
+    tests/test_distributed.py starts real ones, which takes seconds.
+    """
+
+    def call(world: int, function: Callable[[int], Any]) -> list[Any]:
+        meeting, mine, mail = threading.Barrier(world, timeout=60), threading.local(), [None] * world
+
+        def exchange(thing: Any) -> list[Any]:
+            mail[mine.rank] = thing
+            meeting.wait()
+            found = list(mail)
+            meeting.wait()
+            return found
+
+        def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
+            for part, found in zip(parts, exchange(tensor.clone()), strict=True):
+                assert part.shape == found.shape
+                assert part.dtype == found.dtype
+                part.copy_(found)
+
+        def start(rank: int) -> Any:
+            mine.rank = rank
+            try:
+                return function(rank)
+            except BaseException:
+                meeting.abort()
+                raise
+
+        dist = {
+            "is_initialized": lambda: True, "get_world_size": lambda: world, "get_rank": lambda: mine.rank,
+            "get_backend": lambda: "gloo", "all_gather": all_gather,
+            "all_gather_object": lambda parts, thing: operator.setitem(parts, slice(None), exchange(thing)),
+            "all_reduce": lambda tensor: tensor.copy_(torch.stack(exchange(tensor.clone())).sum(dim=0)),
+        }  # fmt: skip
+        with monkeypatch.context() as patch, ThreadPoolExecutor(world) as pool:
+            for name, value in dist.items():
+                patch.setattr(torch.distributed, name, value)
+            return list(pool.map(start, range(world)))
+
+    return call
 
 
 @pytest.fixture

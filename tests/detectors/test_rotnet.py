@@ -3,6 +3,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from panda_lightning import MultiHeadRotNet
+from panda_lightning.networks.scratch import Dropout
 from tests.detectors.test_panda import data, trainer
 
 SMALL = {"depth": 10, "width": 1}
@@ -69,6 +70,16 @@ def test_the_loss_is_the_mean_of_three_cross_entropies(folder, tmp_path):
     assert kinds.amin(dim=0).tolist() == [0, 0, 0]
 
 
+def fit(detector, folder, tmp_path, path=None, stop=None):
+    """Three epochs of three steps, or the first ``stop`` of them; the checkpoint's path."""
+    saved = ModelCheckpoint(dirpath=tmp_path / f"{stop}-{path is None}", filename="last")
+    run = trainer(tmp_path, 3, enable_checkpointing=True, callbacks=[saved])
+    if stop:
+        detector.on_train_epoch_end = lambda: setattr(run, "should_stop", run.current_epoch + 1 == stop)
+    run.fit(detector, data(folder), ckpt_path=path)
+    return saved.best_model_path
+
+
 def test_the_rate_falls_along_a_cosine_and_a_resumed_run_is_the_undisturbed_one(folder, tmp_path):
     rates = []
 
@@ -76,20 +87,35 @@ def test_the_rate_falls_along_a_cosine_and_a_resumed_run_is_the_undisturbed_one(
         def on_train_batch_start(self, batch, batch_idx):
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def run(epochs, path=None, stop=None):
+    def run(path=None, stop=None):
         torch.manual_seed(0)
         detector = Watched(**SMALL)
-        saved = ModelCheckpoint(dirpath=tmp_path / f"{stop}-{path is None}", filename="last")
-        fit = trainer(tmp_path, epochs, enable_checkpointing=True, callbacks=[saved])
-        if stop:
-            detector.on_train_epoch_end = lambda: setattr(fit, "should_stop", fit.current_epoch + 1 == stop)
-        fit.fit(detector, data(folder), ckpt_path=path)
-        return detector, saved.best_model_path
+        return detector, fit(detector, folder, tmp_path, path, stop)
 
-    whole, _ = run(3)
+    whole, _ = run()
     np.testing.assert_allclose(rates, [0.1 * (1 + np.cos(np.pi * i / 9)) / 2 for i in range(9)], rtol=1e-6)
-    _, path = run(3, stop=1)
-    resumed, _ = run(3, path)
+    _, path = run(stop=1)
+    resumed, _ = run(path)
     torch.testing.assert_close(resumed.scores.score, whole.scores.score, rtol=1e-3, atol=1e-3)
     again = MultiHeadRotNet.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert again.steps_trained == 3
+
+
+def test_a_resumed_run_draws_the_dropout_of_the_undisturbed_one(folder, tmp_path):
+    def run(path=None, stop=None):
+        """Where dropout, given ones, returned zeros at each step."""
+        torch.manual_seed(0 if path is None else 1)  # another process draws other numbers
+        detector, steps = MultiHeadRotNet(**SMALL), []
+        dropout = next(module for module in detector.modules() if isinstance(module, Dropout))
+        dropout.register_forward_pre_hook(lambda module, x: torch.ones_like(x[0]))
+        dropout.register_forward_hook(lambda module, x, out: steps.append(out == 0) if module.training else None)
+        return steps, fit(detector, folder, tmp_path, path, stop)
+
+    whole, _ = run()
+    first, path = run(stop=1)
+    rest, _ = run(path)
+    assert len(whole) == 9
+    for ours, theirs in zip([*first, *rest], whole, strict=True):
+        assert 0.2 < theirs.double().mean() < 0.4
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(whole[0], whole[3])  # one batch in its place after the other: each step draws anew

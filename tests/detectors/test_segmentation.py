@@ -56,6 +56,23 @@ def test_pixels_are_counted_whatever_the_batches_and_the_checkpoint_has_the_bank
     assert third == pytest.approx(result, rel=1e-6)
 
 
+def test_the_range_is_that_of_the_maps_of_the_last_validation(tmp_path):
+    class Scaled(SPADE):
+        factor = 1.0
+
+        def score_and_map(self, batch):
+            score, maps = super().score_and_map(batch)
+            return score, maps * self.factor
+
+    detector, module, run = Scaled("panda_tiny", k=3, sigma=1.0), mvtec(tmp_path), trainer(tmp_path)
+    for loop in (run.validate, run.test):
+        for factor in (10.0, 1.0):
+            detector.factor = factor
+            loop(detector, module, verbose=False)
+            maps = torch.cat([found["map"] for found in run.predict(detector, module)])
+            assert detector.value_range == pytest.approx((float(maps.min()), float(maps.max())), rel=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=["SPADE", "PatchCore"])
 def test_a_bank_in_half_precision_is_half_as_large_and_nearly_the_same(tmp_path, method):
     half, whole = method(half_bank=True), method()

@@ -1,6 +1,7 @@
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 from torch.nn import functional as F
@@ -93,8 +94,9 @@ def test_an_operation_without_vectorised_form_falls_back_to_the_loop(monkeypatch
     estimator._vectorised = True
     monkeypatch.setattr(fisher, "vmap", refuse)
     with caplog.at_level("INFO"):
-        estimator.add(batches[0])
-    assert "one image after the other: vmap: no batching rule" in caplog.text
+        for part in make_batches(32, 3, 2):
+            estimator.add(part)
+    assert caplog.text.count("one image after the other: vmap: no batching rule") == 1
     for name, value in estimator.diagonal().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * float(value.max()))
 
@@ -178,6 +180,53 @@ def test_files_that_do_not_fit_are_refused_with_a_list(tmp_path):
         assert words in str(error.value)
     with pytest.raises(PandaError, match="neither a file nor one of auto, ones"):
         fisher.load("atuo", backbone)
+
+
+def test_a_source_is_ones_a_file_or_what_lies_beside_the_weights(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    for name, value in fisher.from_source("ones", backbone, 2).items():
+        assert torch.equal(value, torch.ones_like(backbone.adapted()[name]))
+    diagonal = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    fisher.save(diagonal, tmp_path / "f.safetensors", {})
+    beside = fisher.load(str(backbone.fisher_file), backbone)
+    for source, expected in ((str(tmp_path / "f.safetensors"), diagonal), ("auto", beside)):
+        found = fisher.from_source(source, backbone, 2)
+        assert list(found) == list(backbone.adapted())
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert fisher.from_source("auto", Backbone.pretrained("panda_tiny", adapt_stages=3), 3) == {}  # it is of two
+    backbone.fisher_file = tmp_path / "f.safetensors"  # which does not say of how many
+    found = fisher.from_source("auto", backbone, 2)
+    assert all(torch.equal(found[name], diagonal[name]) for name in diagonal)
+    backbone.fisher_file = None
+    assert fisher.from_source("auto", backbone, 2) == {}
+    with pytest.raises(PandaError, match="resnet18 has none here"):
+        fisher.from_source("auto", Backbone(timm.create_model("resnet18", num_classes=0), 2), 2)
+
+
+def test_an_estimate_is_made_once_and_kept(tmp_path, caplog):
+    backbone, strategy = Backbone.pretrained("panda_tiny"), pl.Trainer(accelerator="cpu", logger=False).strategy
+    path = tmp_path / "new" / "folders" / "f.safetensors"
+    expected = fisher.estimate(backbone, make_batches(32, 5, 3))
+    with caplog.at_level("INFO"):
+        first = fisher.kept_or_estimated(path, backbone, make_batches(32, 5, 3), strategy)
+    assert f"Kept in {path}" in caplog.text
+    assert fisher.header(path) == {"estimator": "per-sample, drawn labels"}
+    again = fisher.kept_or_estimated(path, backbone, iter(lambda: pytest.fail("asks for images"), None), strategy)
+    for name, value in expected.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6 * float(value.max()))
+        assert torch.equal(again[name], first[name])
+
+
+def test_sums_are_over_all_processes(as_processes):
+    batches = make_batches(32, 5, 2)
+    backbone = Backbone.pretrained("panda_tiny").double()
+    expected = fisher.estimate(backbone, batches)
+    estimators = [fisher.Estimator(backbone) for _ in range(2)]
+    for i, batch in enumerate(batches):
+        estimators[i % 2].add(batch)
+    for found in as_processes(2, lambda rank: estimators[rank].diagonal()):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0)
 
 
 def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers(tmp_path):

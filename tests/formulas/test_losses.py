@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from panda_lightning.formulas import losses
@@ -39,17 +40,25 @@ def test_ewc_has_the_gradient_that_differences_give():
     assert torch.autograd.gradcheck(lambda *p: losses.ewc(p, start, fisher), params)
 
 
-def test_mean_shifted_is_that_of_a_plain_loop():
+@pytest.mark.parametrize(("options", "tau"), [({}, 0.25), ({"temperature": 2.0}, 2.0)])
+def test_mean_shifted_is_that_of_a_plain_loop(options, tau):
     rng = np.random.default_rng(2)
     first, second, centre = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), rng.normal(size=5)
     views = [v - centre for v in (*first, *second)]
     views = [v / np.sqrt(sum(v**2)) for v in views]
     expected = 0.0
     for i in range(8):
-        similar = {m: np.exp(sum(views[i] * views[m]) / 0.25) for m in range(8) if m != i}
+        similar = {m: np.exp(sum(views[i] * views[m]) / tau) for m in range(8) if m != i}
         expected -= np.log(similar[(i + 4) % 8] / sum(similar.values())) / 8
-    got = losses.mean_shifted(*map(torch.tensor, (first, second, centre)), temperature=0.25)
+    got = losses.mean_shifted(*map(torch.tensor, (first, second, centre)), **options)
     np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+def test_mean_shifted_has_the_gradient_that_differences_give():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2))
+    centre = torch.randn(4, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda *views: losses.mean_shifted(*views, centre), (first, second))
 
 
 def test_the_soft_boundary_is_that_of_a_plain_loop():

@@ -74,6 +74,36 @@ def test_pixel_metrics_are_exact_where_no_two_pixels_share_a_bin():
     assert found.pro == pytest.approx(plain_pro(maps.numpy(), masks.numpy(), 0.3), abs=1e-12)
 
 
+@pytest.mark.parametrize("shift", range(-5, 0))
+def test_scores_of_either_sign_and_zero_keep_their_order(shift):
+    masks = scene()[1]
+    maps = torch.randint(-2, 3, masks.shape, generator=torch.Generator().manual_seed(0)) + 2 * masks + shift
+    counted = PixelHistogram()
+    counted.add(maps, masks)
+    found = counted.metrics()
+    labels, scores = masks.flatten().numpy(), maps.flatten().numpy()
+    precision, recall, thresholds = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = thresholds[f1.argmax()]
+    assert best == 3 + shift
+    assert best - abs(best) * 1.3e-4 <= found.threshold <= best  # the lower edge of its bin
+    assert found.f1 == pytest.approx(f1.max(), abs=1e-12)
+    assert found.auroc == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert found.pro == pytest.approx(plain_pro(maps.numpy(), masks.numpy(), 0.3), abs=1e-12)
+    ties = [((scores[labels] == s).sum() / labels.sum()) * (scores[~labels] == s).mean() for s in range(-9, 9)]
+    assert found.auroc_error == pytest.approx(sum(ties) / 2, abs=1e-12)
+
+
+def test_counts_are_of_pixels_and_of_shares_of_regions_and_take_96_mib():
+    maps, masks = scene()
+    counted = PixelHistogram()
+    counted.add(maps, masks)
+    normal, anomalous, shares = counted.counts.sum(dim=1).tolist()
+    assert (normal, anomalous) == (int((~masks).sum()), int(masks.sum()))
+    assert shares == pytest.approx(sum(len(regions(mask)) for mask in masks.numpy()))
+    assert counted.counts.nbytes == 96 * 2**20
+
+
 def test_constant_maps_are_a_coin_and_one_kind_of_pixel_has_no_metrics():
     masks = scene()[1]
     counted = PixelHistogram()

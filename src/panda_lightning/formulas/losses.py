@@ -74,8 +74,7 @@ def mean_shifted(first: Tensor, second: Tensor, centre: Tensor, temperature: flo
         A scalar.
     """
     shifted = F.normalize(torch.cat([first, second]) - centre, dim=1)
-    similar = shifted @ shifted.T / temperature
-    similar = similar.masked_fill(torch.eye(len(similar), dtype=torch.bool, device=similar.device), -torch.inf)
+    similar = (shifted @ shifted.T / temperature).fill_diagonal_(-torch.inf)
     other = torch.arange(len(similar), device=similar.device).roll(len(first))
     return F.cross_entropy(similar, other)
 

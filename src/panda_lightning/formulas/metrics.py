@@ -4,6 +4,8 @@ torchmetrics' binary metrics pass values outside [0, 1] through a sigmoid, which
 and reads 0.5; everything here works on ranks instead.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     positives = int(labels.sum())
     negatives = len(labels) - positives
     if not positives or not negatives:
-        return float("nan")
-    _, group, size = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
+        return math.nan
+    _, group, size = torch.unique(scores, return_inverse=True, return_counts=True)  # sorted
     size = size.double()
     mean_rank = size.cumsum(0) - (size - 1) / 2  # of each group of equal scores, counted from 1
     rank_sum = float(mean_rank[group[labels]].sum())

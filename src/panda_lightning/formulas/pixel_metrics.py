@@ -101,10 +101,8 @@ class PixelHistogram:
 
 
 def _area(x: Tensor, y: Tensor, limit: float) -> Tensor:
-    """Area under straight lines from (0, 0) through the points (N,), x ascending, up to x = limit."""
+    """Area under straight lines from (0, 0) through the points (N,), x ascending to 1, up to x = limit, at most 1."""
     x, y = (torch.cat([column.new_zeros(1), column]) for column in (x, y))
-    i = int(torch.searchsorted(x, limit, right=True))  # the first point beyond
-    if i < len(x):
-        at = torch.lerp(y[i - 1], y[i], (limit - x[i - 1]) / (x[i] - x[i - 1]))
-        x, y = torch.cat([x[:i], x.new_tensor([limit])]), torch.cat([y[:i], at.view(1)])
-    return torch.trapezoid(y, x)
+    i = int(torch.searchsorted(x, limit))  # the first point there or beyond
+    at = torch.lerp(y[i - 1], y[i], (limit - x[i - 1]) / (x[i] - x[i - 1]))
+    return torch.trapezoid(torch.cat([y[:i], at.view(1)]), torch.cat([x[:i], x.new_tensor([limit])]))

@@ -39,20 +39,20 @@ def greedy_coreset(points: Tensor, size: int, seed: int = 0) -> Iterator[Tensor]
         if x.shape[1] > PROJECTED:
             x = x @ torch.randn(x.shape[1], PROJECTED, generator=generator).to(x)
         x = x - x.mean(dim=0)
-    picks = _farthest_first(x, first, size)
+    picks = _farthest_first(x, first)
     for block in torch.split(torch.arange(size), max(1, size // 100)):
         with full_float32(x.device):
             rows = torch.cat([next(picks) for _ in block])
         yield rows
 
 
-def _farthest_first(x: Tensor, first: Tensor, size: int) -> Iterator[Tensor]:
-    """Row numbers (1,) of the points (N, D), ``size`` of them."""
+def _farthest_first(x: Tensor, first: Tensor) -> Iterator[Tensor]:
+    """Row numbers (1,) of the points (N, D), for as long as they are asked for, at most N."""
     norms, distance = x.square().sum(dim=1), x.new_full((len(x),), torch.inf)
     count = min(max(256, int(len(x) * FARTHEST)), len(x) - 1)
     yield first
-    chosen, left = first, size - 1
-    while left:
+    chosen = first
+    while True:
         # all points, a thousand at a time, against those chosen since the last look
         parts = zip(torch.split(x, 1024), torch.split(norms, 1024), strict=True)
         near = [torch.addmm(norms[chosen], some, x[chosen].T, alpha=-2).amin(dim=1) + n for some, n in parts]
@@ -62,11 +62,10 @@ def _farthest_first(x: Tensor, first: Tensor, size: int) -> Iterator[Tensor]:
         rows, far, others = top.indices, top.values, float(top.values[-1])
         some, some_norms = x[rows], norms[rows]
         picked: list[Tensor] = []
-        while left and (not picked or float(far.max()) > others):
+        while not picked or float(far.max()) > others:
             place = far.argmax().view(1)
             picked.append(rows[place])
             yield picked[-1]
-            left -= 1
             distances = torch.addmm(some_norms + some_norms[place], some[place], some.T, alpha=-2)[0]
             far = torch.minimum(far, distances)
             far[place] = -torch.inf

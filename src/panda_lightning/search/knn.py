@@ -83,6 +83,8 @@ class KNNIndex:
 
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         assert self._bank is not None
+        if not len(queries):
+            return queries.new_empty((0, k), dtype=torch.float32), queries.new_empty((0, k), dtype=torch.long)
         count = min(k + self.EXTRA, self._rows)
         group = self.GROUP if not self._faiss and self._rows >= self.GROUP**2 * count else 1
         # a row of a chunk holds its candidates' differences and, but for faiss, its products with the bank
@@ -96,11 +98,9 @@ class KNNIndex:
                 near = self._candidates(chunk, count, group)
                 pieces = zip(torch.split(chunk, block), torch.split(near, block), strict=True)
                 exact = torch.cat([self._distances(*piece) for piece in pieces])
-                distance, order = exact.topk(k, largest=False, sorted=True)
+                distance, order = exact.topk(k, largest=False)  # sorted
                 distances.append(distance)
                 neighbours.append(near.gather(1, order))
-        if not distances:
-            return queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long)
         return torch.cat(distances), torch.cat(neighbours)
 
     # ---- a bank of which each process may hold a part: see search/sharded.py; here each has all of it

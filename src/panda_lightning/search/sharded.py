@@ -68,10 +68,11 @@ class ShardedIndex(KNNIndex):
     @override
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self._check(k)
-        if world_size() == 1:
+        if world_size() == 1 or not len(queries):
             return self._search(queries, k)
-        found = self._round(queries.detach().float(), k) if len(queries) else None
-        return found or (queries.new_empty((0, k)), queries.new_empty((0, k), dtype=torch.long))
+        found = self._round(queries.detach().float(), k)
+        assert found is not None, "this process has queries"
+        return found
 
     @override
     def serve(self) -> None:
@@ -98,5 +99,5 @@ class ShardedIndex(KNNIndex):
         # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
         answers = (of_each(t).view(world, world, most, k)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
         distance, row = (t[: len(queries)] for t in answers)
-        best, order = distance.topk(k, largest=False, sorted=True)
+        best, order = distance.topk(k, largest=False)  # sorted
         return best, row.gather(1, order)

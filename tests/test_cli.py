@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
-from panda_lightning import CIFAR10
+from panda_lightning import CIFAR10, PANDA, ImageFolder
 from panda_lightning.datamodules.images import View
 from panda_lightning.datamodules.mvtec import CATEGORIES
 from tests.conftest import fast, make_folder
@@ -326,6 +327,69 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     words = [word.replace("class=spot", "class=stripe") for word in words]
     said = refusal(run, capsys, "test", *words, last)
     assert "DN2 was made with other data than these (normal_class=stripe, not spot): give those, or train anew" in said
+
+
+def test_last_is_the_newest_of_this_very_configuration(run, workdir, caplog):
+    folder = make_folder(workdir / "images")
+    caplog.set_level("INFO")
+    early, ewc = ([*fast(folder, epochs=1), f"--model.ewc_weight={weight}"] for weight in (0, 5))
+    run("fit", *early)
+    run("fit", *ewc, "--ckpt_path=last")  # starts anew, for the other is a PANDA-Early
+    assert "none of this configuration yet (runs/t/version_0" in caplog.text
+    assert "model.ewc_weight 0.0, not 5.0" in caplog.text.replace("5.0, not 0.0", "0.0, not 5.0")
+    run("fit", *[word.replace("epochs=1", "epochs=2") for word in early], "--ckpt_path=last")
+    assert [x for x, _ in curve(workdir / "runs/t/version_2")] == [0, 1, 2]
+    kept = torch.load(workdir / "runs/t/version_2/checkpoints/last.ckpt", weights_only=True)
+    assert kept["state_dict"]["_extra_state"]["derived"]["fisher"] is None
+    other = [word.replace("class=spot", "class=stripe") for word in fast(make_folder(workdir / "images"), epochs=1)]
+    make_stripes = workdir / "images/train/stripe"
+    shutil.copytree(workdir / "images/test/stripe", make_stripes)
+    caplog.clear()
+    run("fit", *other, "--model.ewc_weight=0", "--ckpt_path=last")
+    assert "data.normal_class stripe, not spot" in caplog.text
+
+
+def test_last_of_a_method_is_no_other_methods(run, workdir, caplog):
+    folder = make_folder(workdir / "images")
+    caplog.set_level("INFO")
+    run("test", *fast(folder, model="DN2"))
+    run("test", *fast(folder, model="PatchCore"))
+    run("test", *fast(folder, model="DN2"), "--ckpt_path=last")
+    assert "ckpt_path=last: runs/t/version_0/checkpoints/last.ckpt" in caplog.text
+    scores = [curve(workdir / f"runs/t/version_{n}", "test/auroc") for n in (0, 2)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model=PatchCore"], "model PatchCore, not PANDA"),
+        (["--config=mine.yaml"], "model.k 7, not 2"),  # a file is asked for as much as a flag
+        (["--data.image_size=64"], "image_size=64, not 32"),
+        (["--data.crop=center"], "crop=center, not squash"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_contradicts_the_checkpoint_is_refused_by_every_verb(run, capsys, workdir, words, sentence):
+    folder = make_folder(workdir / "images")
+    (workdir / "mine.yaml").write_text("model:\n  class_path: PANDA\n  init_args: {k: 7}\n")
+    run("fit", *fast(folder, epochs=1))
+    last = "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt"
+    for verb in ("test", "predict", "fit"):
+        assert sentence in refusal(run, capsys, verb, *fast(folder, epochs=2), *words, last)
+
+
+def test_a_checkpoint_made_in_python_serves_the_command_line(run, workdir):
+    folder = make_folder(workdir / "images")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, num_sanity_val_steps=0
+    )
+    detector = PANDA("panda_tiny", ewc_weight=0, k=3, grad_clip=10.0)
+    trainer.fit(detector, ImageFolder(root=str(folder), normal_class="spot", image_size=32, crop="squash"))
+    trainer.save_checkpoint("python.ckpt")
+    run("predict", *fast(folder), "--ckpt_path=python.ckpt")  # k is the checkpoint's, since nobody asks for another
+    found = [float(row["score"]) for row in rows(workdir / "runs/t/version_0/predictions.csv")]
+    assert found == pytest.approx(detector.scores.score.tolist(), rel=1e-5)
 
 
 # ---- the documentation ----

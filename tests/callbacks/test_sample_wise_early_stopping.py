@@ -6,6 +6,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from sklearn.metrics import roc_auc_score
 
 from panda_lightning import PANDA, ImageFolder, PandaError, SampleWiseEarlyStopping
+from panda_lightning.runtime.features import gather
 
 
 class Kept(pl.Callback):
@@ -89,8 +90,6 @@ def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplo
     again = SampleWiseEarlyStopping()
     tester = trainer(tmp_path, 1, again)
     tester.test(PANDA("panda_tiny", **settings), data(folder), ckpt_path=path, verbose=False)
-    from panda_lightning.runtime.features import gather
-
     torch.testing.assert_close(gather(again._parts)[1], whole.score, rtol=1e-4, atol=1e-6)
     expected = roc_auc_score(tester.lightning_module.scores.label, whole.score)
     assert float(tester.callback_metrics["test/auroc_ses"]) == pytest.approx(expected)
@@ -106,6 +105,36 @@ def test_without_snapshots_new_images_are_refused(tmp_path, folder):
         PANDA("panda_tiny", ewc_weight=0), data(folder)
     )
     with pytest.raises(PandaError, match="there are none of .*last.ckpt: train with keep_snapshots: true"):
+        trainer(tmp_path, 1, SampleWiseEarlyStopping()).test(
+            PANDA("panda_tiny", ewc_weight=0), data(folder), ckpt_path=tmp_path / "ck/last.ckpt"
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"centroids": 3}], ids=str)
+def test_fit_and_test_agree_also_with_centroids_and_after_another_run_in_the_folder(tmp_path, folder, options):
+    settings = {"ewc_weight": 0, "grad_clip": 10.0, "lr": 0.1, **options}
+
+    def run(epochs, seed):
+        ses = SampleWiseEarlyStopping(keep_snapshots=True)
+        module = data(folder)
+        module.seed = seed
+        trainer(tmp_path, epochs, ses, checkpoint(tmp_path)).fit(PANDA("panda_tiny", **settings), module)
+        again = SampleWiseEarlyStopping()
+        trainer(tmp_path, 1, again).test(
+            PANDA("panda_tiny", **settings), data(folder), ckpt_path=tmp_path / "ck/last.ckpt", verbose=False
+        )
+        torch.testing.assert_close(gather(again._parts)[1], ses.score, rtol=1e-4, atol=1e-6)
+
+    run(3, seed=0)
+    run(1, seed=1)
+    assert len(list((tmp_path / "ck/ses").iterdir())) == 2  # both runs can still be tested
+
+
+def test_a_lost_snapshot_is_named(tmp_path, folder):
+    ses = SampleWiseEarlyStopping(keep_snapshots=True)
+    trainer(tmp_path, 1, ses, checkpoint(tmp_path)).fit(PANDA("panda_tiny", ewc_weight=0), data(folder))
+    next((tmp_path / "ck/ses").glob("*/00000003.ckpt")).unlink()
+    with pytest.raises(PandaError, match="00000003.ckpt is missing"):
         trainer(tmp_path, 1, SampleWiseEarlyStopping()).test(
             PANDA("panda_tiny", ewc_weight=0), data(folder), ckpt_path=tmp_path / "ck/last.ckpt"
         )

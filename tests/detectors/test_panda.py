@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from panda_lightning import PANDA, Backbone, ImageFolder, PandaError
-from panda_lightning.datamodules.base import ShardedSampler
+from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import BUNDLED
 from tests.conftest import make_folder, picture
@@ -363,6 +365,46 @@ def test_the_cache_on_disk_is_found_again_by_the_same_images_only(tmp_path, fold
     picture("stripe", 77).save(folder / "train/spot/000.png")
     trainer(tmp_path, 1).fit(PANDA("panda_tiny", ewc_weight=0, prefix_cache_dir=str(cache)), data(folder))
     assert len(list(cache.iterdir())) == 3
+
+
+def retuned(folder, **changes):
+    """The bundled network in a folder of its own, with another config.json."""
+    shutil.copytree(BUNDLED / "panda_tiny", folder, ignore=shutil.ignore_patterns("fisher*"))
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def test_files_of_the_cache_and_of_fisher_are_of_one_network_and_precision(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    network, cache, found = retuned(tmp_path / "net"), tmp_path / "cache", []
+
+    def changed(file):
+        state = load_file(file)
+        state["layer1.0.conv1.weight"] += 0.01
+        save_file(state, file)
+
+    def run(backbone=network, precision="32-true", **options):
+        detector = PANDA(backbone, prefix_cache_dir=str(cache), grad_clip=1.0, **options)
+        trainer(tmp_path, 1, precision=precision).fit(detector, data(folder))
+        fishers = len(list((tmp_path / "home").rglob("*.safetensors")))
+        found.append((len(list(cache.iterdir())), fishers))
+        return detector.scores.score
+
+    plain = run()
+    torch.testing.assert_close(run(), plain)  # the same files
+    run(ewc_weight=0, prefix_cache_half=True)
+    run(ewc_weight=0, precision="bf16-mixed")
+    run(ewc_weight=0, adapt_stages=1)  # more layers are frozen
+    run(retuned(tmp_path / "mean", mean=[0.9, 0.1, 0.1]))
+    run(retuned(tmp_path / "std", std=[0.1, 0.5, 0.9]))
+    changed(tmp_path / "net/model.safetensors")
+    weights = run()
+    assert found == [(2, 1), (2, 1), (4, 1), (6, 1), (8, 1), (10, 2), (12, 3), (14, 4)]
+    apart = PANDA(network, grad_clip=1.0)
+    trainer(tmp_path, 1).fit(apart, data(folder))
+    torch.testing.assert_close(weights, apart.scores.score)
 
 
 def test_a_full_disk_is_no_place_for_the_cache(tmp_path, folder, monkeypatch, caplog):

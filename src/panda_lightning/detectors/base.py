@@ -182,6 +182,12 @@ class Detector(pl.LightningModule, ABC):
         self.derived, self._given, self._moved = dict(state["derived"]), True, False
 
     @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # the command line, which reads the class there, has written it already where it made this object
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint.get("hyper_parameters", {}).setdefault("_class_path", name)
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_format(checkpoint)
         self._restored = True
@@ -249,6 +255,8 @@ class Detector(pl.LightningModule, ABC):
             self._moved |= self.steps_trained > 0
             self.derived.clear()
             self._given = False
+        if stage == "fit":
+            self.train()  # Lightning leaves a module in eval mode after predict, and BatchNorm would then not learn
         data = self.data
         if not hasattr(data, "normal_dataloader"):
             raise PandaError(
@@ -354,6 +362,11 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def on_train_start(self) -> None:
+        if self.trainer.global_step != self.steps_trained:
+            raise PandaError(
+                f"the checkpoint's weights have {self.steps_trained} steps behind them, but it was saved by a Trainer "
+                f"with {self.trainer.global_step} (after a test, say): it can be tested, not trained on."
+            )
         steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         if self.steps_trained and steps != self._steps_per_epoch:
             raise PandaError(

@@ -87,7 +87,7 @@ class MultiHeadRotNet(Detector):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = self.real_images(batch)
         draws = self.draws(batch, augment.CROP_DRAWS + len(HEADS))
-        torch.manual_seed(self.steps_trained)  # dropout, also after a resume
+        self._dropped.manual_seed(self.steps_trained)  # the same after a resume
         images = augment.crop_and_flip(batch["image"], draws[:, : augment.CROP_DRAWS], padding=4)
         kinds = torch.tensor(list(HEADS.values()), device=self.device)
         transform = (draws[:, augment.CROP_DRAWS :] * kinds).long()
@@ -99,9 +99,11 @@ class MultiHeadRotNet(Detector):
 
     @override
     def on_fit_start(self) -> None:
+        self._dropped = torch.Generator(self.device)
         for module in self.network.modules():
             if isinstance(module, Dropout):
                 module.share = (self.data.batch_size, self.trainer.global_rank)
+                module.generator = self._dropped
 
     @override
     def configure_optimizers(self) -> Any:

@@ -50,16 +50,19 @@ class Dropout(nn.Dropout):
     Attributes:
         share: Images of a step over all processes, which are dealt out like cards, and this process's number; None is
             for the images at hand alone.
+        generator: Of the draws, for all layers of a network; None is torch's own.
     """
 
     share: tuple[int, int] | None = None
+    generator: torch.Generator | None = None
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.share is None:
             return super().forward(x)
         batch, rank = self.share
-        kept = torch.rand((batch, *x.shape[1:]), device=x.device)[rank :: world_size()][: len(x)] >= self.p
+        drawn = torch.rand((batch, *x.shape[1:]), generator=self.generator, device=x.device)
+        kept = drawn[rank :: world_size()][: len(x)] >= self.p
         out: Tensor = x * kept / (1 - self.p)
         return out
 

@@ -1,0 +1,255 @@
+"""What a run derives, and what later runs make of it."""
+
+import shutil
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+
+from panda_lightning import DN2, OCSVM, PANDA, DeepSVDD, Digits, MultiHeadRotNet, PandaError
+from tests.conftest import make_folder
+from tests.detectors.test_panda import data, trainer
+
+ADAPT = {"ewc_weight": 0, "grad_clip": 10.0, "lr": 0.1}
+
+
+def digits(normal="3", **options):
+    return Digits(
+        **{"normal_class": normal, "image_size": 32, "crop": "squash", "train_limit": 20, "test_limit": 60, **options}
+    )
+
+
+def scored(tmp_path, detector, module, **options):
+    trainer(tmp_path).test(detector, module, verbose=False, **options)
+    return detector.scores.score
+
+
+def fitted(tmp_path, detector, module, epochs=1, **options):
+    runner = trainer(tmp_path, epochs)
+    runner.fit(detector, module, **options)
+    return runner
+
+
+def test_a_detector_leaves_a_data_module_as_it_was(tmp_path):
+    module = digits()
+    before = module.val_dataloader().dataset.pixels.clone()
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), module)
+    after = module.val_dataloader().dataset
+    assert after.hidden is None
+    assert after.pixels.shape == before.shape
+    torch.testing.assert_close(
+        scored(tmp_path, DN2("panda_tiny"), module), scored(tmp_path, DN2("panda_tiny"), digits())
+    )
+    other = scored(tmp_path, DN2("panda_tiny"), digits(interpolation="bilinear"))
+    assert not torch.equal(other, scored(tmp_path, DN2("panda_tiny"), module))  # of 8 px digits, made larger
+
+
+@pytest.mark.parametrize("make", [lambda: DN2("panda_tiny"), OCSVM], ids=["DN2", "OCSVM"])
+@pytest.mark.parametrize("options", [{"normal": "5"}, {"image_size": 64}, {"train_limit": 9}], ids=str)
+def test_a_bank_that_a_test_made_is_made_anew_for_other_images(tmp_path, make, options):
+    one = make()
+    scored(tmp_path, one, digits())
+    assert torch.equal(scored(tmp_path, one, digits(**options)), scored(tmp_path, make(), digits(**options)))
+
+
+def test_a_bank_follows_the_weights(tmp_path):
+    detector = DN2("panda_tiny")
+    before = scored(tmp_path, detector, digits())
+    with torch.no_grad():
+        for p in detector.backbone.parameters():
+            p.mul_(1.1)
+    after = scored(tmp_path, detector, digits())
+    fresh = DN2("panda_tiny")
+    fresh.load_backbone()
+    fresh.backbone.load_state_dict(detector.backbone.state_dict())
+    assert torch.equal(after, scored(tmp_path, fresh, digits()))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PANDA("panda_tiny", fisher="ones", lr=0.1, grad_clip=1.0),
+        lambda: DeepSVDD(pretrain_epochs=1, lr=1e-3),
+        lambda: MultiHeadRotNet(depth=10, width=1),
+    ],
+    ids=["PANDA", "DeepSVDD", "RotNet"],
+)
+def test_a_second_fit_starts_from_fresh_weights_and_says_so(tmp_path, make, caplog):
+    torch.manual_seed(0)
+    one, other = make(), make()
+    fitted(tmp_path, one, digits("3"), epochs=2)
+    with caplog.at_level("INFO"):
+        fitted(tmp_path, one, digits("5"), epochs=2)
+    assert "starts anew from fresh weights; ckpt_path goes on with trained ones" in caplog.text
+    fitted(tmp_path, other, digits("5"), epochs=2)
+    torch.testing.assert_close(one.scores.score, other.scores.score, rtol=1e-4, atol=1e-5)
+    if isinstance(one, PANDA):
+        assert torch.equal(one.centre, other.centre)
+
+
+def test_raising_max_epochs_goes_on_and_another_detector_needs_its_own_trainer(tmp_path):
+    detector = PANDA("panda_tiny", **ADAPT)
+    runner = fitted(tmp_path, detector, digits())
+    centre, run = detector.centre, detector.run_id
+    runner.fit_loop.max_epochs = 2
+    runner.fit(detector, digits())
+    assert (detector.epochs_trained, detector.run_id) == (2, run)
+    assert torch.equal(detector.centre, centre)
+    with pytest.raises(PandaError, match="Trainer has made 2 steps with another detector"):
+        runner.fit(PANDA("panda_tiny", **ADAPT), digits())
+
+
+def test_a_test_after_fit_leaves_its_checkpoint_alone(tmp_path):
+    runner = trainer(
+        tmp_path, 1, logger=CSVLogger(tmp_path, name="x"), enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(save_last=True)],
+    )  # fmt: skip
+    detector, module = PANDA("panda_tiny", **ADAPT), digits()
+    runner.fit(detector, module)
+    runner.test(detector, module, verbose=False)
+    runner.test(DN2("panda_tiny"), module, verbose=False)  # which saves its bank beside it
+    folder = tmp_path / "x/version_0/checkpoints"
+    assert {"last.ckpt", "last-v1.ckpt"} < {path.name for path in folder.iterdir()}
+    resumed = PANDA("panda_tiny", **ADAPT)
+    fitted(tmp_path, resumed, digits(), epochs=2, ckpt_path=folder / "last.ckpt")
+    assert resumed.epochs_trained == 2
+
+
+def test_view_and_problem_travel_in_the_checkpoint_and_are_the_default(tmp_path):
+    detector, path = PANDA("panda_tiny", **ADAPT), tmp_path / "a.ckpt"
+    fitted(tmp_path, detector, digits("5", protocol="leave_one_out")).save_checkpoint(path)
+    loaded, plain = (
+        PANDA.load_from_checkpoint(path),
+        Digits(train_limit=20, test_limit=60),
+    )  # names neither class nor size
+    torch.testing.assert_close(scored(tmp_path, loaded, plain), detector.scores.score, rtol=1e-5, atol=0)
+    assert (plain.view.size, plain.view.crop, plain.view.interpolation) == (32, "squash", "bicubic")
+    assert plain.problem == {"normal_class": "5", "protocol": "leave_one_out"}
+    assert (plain.image_size, plain.normal_class) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_size": 64}, "image_size=64, not 32"),
+        ({"crop": "center"}, "crop=center, not squash"),
+        ({"interpolation": "bilinear"}, "interpolation=bilinear, not bicubic"),
+        ({"normal": "5"}, "normal_class=5, not 3"),
+        ({"protocol": "leave_one_out"}, "protocol=leave_one_out, not one_vs_rest"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["test", "predict"])
+def test_other_views_and_problems_are_refused(tmp_path, options, words, verb):
+    detector, path = PANDA("panda_tiny", **ADAPT), tmp_path / "a.ckpt"
+    runner = fitted(tmp_path, detector, digits())
+    with pytest.raises(PandaError, match=f"made with other data than these .*{words}.*: give those, or train anew"):
+        getattr(trainer(tmp_path), verb)(detector, digits(**options))
+    runner.save_checkpoint(path)
+    with pytest.raises(PandaError, match=words):  # whether or not it comes by way of a file
+        getattr(trainer(tmp_path), verb)(PANDA("panda_tiny"), digits(**options), ckpt_path=path)
+
+
+def test_a_trained_detector_scores_images_elsewhere(tmp_path, folder, caplog):
+    detector = PANDA("panda_tiny", **ADAPT)
+    fitted(tmp_path, detector, data(folder))
+    elsewhere = make_folder(tmp_path / "elsewhere", train=4)
+    with caplog.at_level("INFO"):
+        scores = scored(tmp_path, detector, data(elsewhere))
+    assert "PANDA-Early keeps what it learned from ImageFolder's normal images" in caplog.text
+    torch.testing.assert_close(scores, scored(tmp_path, detector, data(folder)), rtol=1e-5, atol=0)
+    shutil.rmtree(elsewhere / "train")  # nor are any needed
+    torch.testing.assert_close(scored(tmp_path, detector, data(elsewhere)), scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_limit": 19}, r"normal training images=19 \(.*\), not 20 \(.*\)"),
+        ({"test_limit": 90}, r"test images=90 \(.*\), not 60"),
+        ({"batch_size": 16}, "batch_size=16, not 32"),
+        ({"image_size": 64}, "image_size=64, not 32"),
+        ({"seed": 1}, "seed=1, not 0"),
+        ({"normal": "5"}, "normal_class=5, not 3"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_data_only(tmp_path, options, words):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path)
+    with pytest.raises(PandaError, match=f"{words}.*: to go on, give those; to train on these, start anew"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(**options), epochs=2, ckpt_path=path)
+
+
+def test_a_run_goes_on_with_a_copy_of_its_images_but_not_with_others(tmp_path, folder):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), data(folder)).save_checkpoint(path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    resumed = PANDA("panda_tiny", **ADAPT)
+    fitted(tmp_path, resumed, data(copy), epochs=2, ckpt_path=path)
+    assert resumed.epochs_trained == 2
+    (copy / "train/spot/000.png").rename(copy / "train/spot/999.png")
+    with pytest.raises(PandaError, match="normal training images=11"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), data(copy), epochs=2, ckpt_path=path)
+
+
+def test_another_number_of_steps_is_no_place_to_go_on(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(batch_size=5)).save_checkpoint(path)
+    runner = trainer(tmp_path, 2, accumulate_grad_batches=2)
+    with pytest.raises(PandaError, match="an epoch has 2 steps here, but 4 in the run that is to go on"):
+        runner.fit(PANDA("panda_tiny", **ADAPT), digits(batch_size=5), ckpt_path=path)
+
+
+def test_what_a_test_saved_is_no_run_to_go_on_with(tmp_path):
+    detector, runner = PANDA("panda_tiny", **ADAPT), trainer(tmp_path)
+    fitted(tmp_path, detector, digits())
+    runner.test(detector, digits(), verbose=False)
+    runner.save_checkpoint(tmp_path / "tested.ckpt")
+    with pytest.raises(PandaError, match="weights have 1 steps behind them, but it was saved by a Trainer with 0"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(), epochs=2, ckpt_path=tmp_path / "tested.ckpt")
+
+
+def test_fit_trains_batchnorm_whatever_came_before(tmp_path):
+    torch.manual_seed(0)
+    one, other = (DeepSVDD(pretrain_epochs=1, lr=1e-3) for _ in range(2))
+    fitted(tmp_path, one, digits())
+    trainer(tmp_path).predict(one, digits())  # after which Lightning leaves it in eval mode
+    fitted(tmp_path, one, digits(), epochs=2)
+    fitted(tmp_path, other, digits(), epochs=2)
+    torch.testing.assert_close(one.scores.score, other.scores.score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_an_untrained_detector_has_no_scores(tmp_path, verb):
+    with pytest.raises(PandaError, match="PANDA-EWC is untrained, .*: train it with fit, or give ckpt_path"):
+        getattr(trainer(tmp_path), verb)(PANDA("panda_tiny"), digits())
+
+
+def test_a_checkpoint_is_for_its_own_method(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path)
+    with pytest.raises(PandaError, match="the checkpoint is one of PANDA, not of DN2: take that class"):
+        scored(tmp_path, DN2("panda_tiny"), digits(), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda state: state.pop("_extra_state"), "has no format number: it is foreign, or older"),
+        (lambda state: state["_extra_state"].update(format=1), "has format 1; this version reads format 2. Train anew"),
+    ],
+)
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, spoil, words):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, path)
+    for use in (
+        lambda: PANDA.load_from_checkpoint(path),
+        lambda: scored(tmp_path, PANDA("panda_tiny"), digits(), ckpt_path=path),
+        lambda: DN2(str(path)).load_backbone(),
+    ):
+        with pytest.raises(PandaError, match=words):
+            use()

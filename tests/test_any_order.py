@@ -14,6 +14,8 @@ import panda_lightning as panda
 from panda_lightning import Digits, PandaError
 from tests.conftest import make_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ADAPT = {"backbone": "panda_tiny", "lr": 0.1, "grad_clip": 1.0}
 DETECTORS = {
     "DN2": lambda: panda.DN2("panda_tiny", normalize=True),

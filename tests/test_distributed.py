@@ -86,6 +86,17 @@ def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
         assert whole["rows"][-1] == pytest.approx(parts["rows"][-1], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_processes_that_end_with_fit_leave_the_trained_detector(tmp_path):
+    """Strategies ddp_spawn and ddp_fork, of which notebooks take one by default."""
+    command = [sys.executable, "-m", "tests.spawned", str(ranks.images(tmp_path)), str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    found = torch.load(tmp_path / "spawned.pt", weights_only=True)
+    for key in ("fit", "test", "centre"):
+        torch.testing.assert_close(found["ddp_spawn"][key], found["auto"][key], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["ddp_spawn"]["test"], found["ddp_spawn"]["fit"], rtol=1e-4, atol=1e-5)
+
+
 # ---- as a user launches it -----------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from sklearn.metrics import roc_auc_score
 from panda_lightning import PANDA, ImageFolder, PandaError, SampleWiseEarlyStopping
 from panda_lightning.runtime.features import gather
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Kept(pl.Callback):
     """Scores, bank and AUROC of SES at each validation."""

@@ -66,24 +66,15 @@ def same(one, two):
         assert torch.equal(two[name], value) if isinstance(value, torch.Tensor) else two[name] == value, name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Runs agree bit for bit where torch's arithmetic does: on a CPU with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+@pytest.fixture
+def undisturbed(tmp_path, one_thread):
     """Images, and a run on them that nothing happens to: 3 epochs of 6 steps."""
-    tmp_path = tmp_path_factory.mktemp("undisturbed")
     folder, whole = make_folder(tmp_path / "images"), Seen()
-    return folder, whole, fit(tmp_path, folder, whole)
+    return folder, whole, fit(tmp_path / "undisturbed", folder, whole)
 
 
 @pytest.mark.parametrize(("outliers", "on_disk"), [(0, False), (3, True), (14, False)])  # fewer or more than normal
+@pytest.mark.usefixtures("one_thread")
 def test_a_signal_and_a_resume_are_the_undisturbed_run(tmp_path, folder, outliers, on_disk):
     make_folder(tmp_path / "others", train=0, normal=0, anomalous=6 + outliers)  # six are the test images
     options = {"oe": outliers > 0} | ({"memory_gb": 0, "num_workers": 1} if on_disk else {})
@@ -132,6 +123,22 @@ def test_lightnings_own_checkpoint_of_an_epochs_last_step_is_validated_after_a_r
     resumed = fit(tmp_path, folder, rest, ckpt_path=path)
     assert part.aurocs | rest.aurocs == whole.aurocs
     same(detector, resumed)
+
+
+def test_with_several_threads_a_resume_agrees_to_rounding(tmp_path, folder):
+    """Threads may add in another order each time: what is promised then is what rounding grows to in so many steps."""
+    whole, part, rest = Seen(), Seen(8, lambda: os.kill(os.getpid(), signal.SIGUSR1)), Seen()
+    detector = fit(tmp_path, folder, whole)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, folder, part, SaveOnSignal())
+    resumed = fit(tmp_path, folder, rest, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    assert part.steps | rest.steps == whole.steps  # the same images in the same steps, whatever the arithmetic
+    assert (part.aurocs | rest.aurocs).keys() == whole.aurocs.keys()
+    one, two = numbers(detector), numbers(resumed)
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_no_number_of_steps_is_refused():

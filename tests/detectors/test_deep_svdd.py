@@ -6,6 +6,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from panda_lightning import DeepSVDD, PandaError
 from tests.detectors.test_panda import data, trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_rates_range_and_score_are_the_papers(folder, tmp_path):
     log = []

@@ -18,6 +18,8 @@ from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import BUNDLED
 from tests.conftest import make_folder, picture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def trainer(tmp_path, epochs=2, **options):
     options = {"logger": False, "enable_checkpointing": False, **options}

@@ -1,10 +1,13 @@
 import numpy as np
+import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from panda_lightning import MultiHeadRotNet
 from panda_lightning.networks.scratch import Dropout
 from tests.detectors.test_panda import data, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"depth": 10, "width": 1}
 

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
-from panda_lightning.runtime.checkpoints import newest_whole, require_format, require_whole
+from panda_lightning.runtime.agreement import differences, made_with, newest_alike
+from panda_lightning.runtime.checkpoints import require_whole
 from panda_lightning.types import PandaError
 
 
@@ -65,7 +64,8 @@ class PandaCLI(LightningCLI):
         self.asked = asked[self.config.subcommand]  # in files and by flags, without defaults
         path = self._ckpt_path
         if path == "last":
-            path = self._newest_of_this_run()
+            free = {"model": Detector.COMPUTING, "data": AnomalyDataModule.COMPUTING} if self._detects else {}
+            path = newest_alike(self.config[self.config.subcommand], free, self._checkpoint_folders())
             self.config[self.config.subcommand].ckpt_path = path
             if path is None:
                 return
@@ -76,28 +76,12 @@ class PandaCLI(LightningCLI):
         require_whole(path)
         if not self._detects:
             return
-        differences = _differences(self.asked, _loaded(path), ("model",))
-        if differences:
+        found = differences(self.asked, made_with(path)[1], {"model": Detector.COMPUTING})
+        if found:
             raise PandaError(
-                f"the checkpoint {path} was made with other settings than those asked for ({'; '.join(differences)}): "
+                f"the checkpoint {path} was made with other settings than those asked for ({'; '.join(found)}): "
                 "leave them out, in config files too, or train anew."
             )
-
-    def _newest_of_this_run(self) -> str | None:
-        """The newest whole checkpoint of an earlier run of this very configuration."""
-        others: list[str] = []
-
-        def suits(path: Path) -> bool:
-            if not self._detects:
-                return True
-            found = _differences(self.config[self.config.subcommand], _loaded(path), ("model", "data"))
-            others.extend([f"{path} has other settings: {'; '.join(found)}"] if found else [])
-            return not found
-
-        path = newest_whole(*self._checkpoint_folders(), suits=suits)
-        other = f" ({others[0]})" if others else ""
-        rank_zero_info(f"ckpt_path=last: {path or f'there is none of this configuration yet{other}'}")
-        return None if path is None else str(path)
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where runs of this configuration keep their checkpoints: as ModelCheckpoint says, or in the log's folders."""
@@ -121,7 +105,7 @@ class PandaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         path = self._ckpt_path
         if path and Path(path).is_file() and isinstance(self.model, Detector):
-            self.model.set_extra_state(_loaded(path)[0])  # now, so that the source of its weights is not needed
+            self.model.set_extra_state(made_with(path)[0])  # now, so that the source of its weights is not needed
 
     @property
     def _detects(self) -> bool:
@@ -133,43 +117,6 @@ class PandaCLI(LightningCLI):
     def _ckpt_path(self) -> str | None:
         path = self.config[self.config.subcommand].get("ckpt_path")
         return None if path is None else str(path)
-
-
-def _loaded(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The extra state of a checkpoint, and the arguments it was made with: class and init_args of model and data."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    state = require_format(checkpoint)
-    keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-    made = {part: dict(checkpoint.get(key, {})) for part, key in keys.items()}
-    origin = state["derived"].get("origin") or {}
-    for part, name in (("model", state["detector"]), ("data", origin.get("data"))):
-        made[part].setdefault("_class_path", name)  # where it was made in Python
-    return state, made
-
-
-def _differences(wanted: Any, loaded: tuple[dict[str, Any], dict[str, Any]], parts: tuple[str, ...]) -> list[str]:
-    """Settings in which a configuration differs from a checkpoint, but for those that change no result."""
-    found = []
-    for part in parts:
-        config, made = wanted.get(part), loaded[1][part]
-        if config is None:
-            continue
-        name, before = (str(value or "").split(".")[-1] for value in (config.get("class_path"), made["_class_path"]))
-        if name and before and name != before:
-            found.append(f"{part} {name}, not {before}")
-            continue
-        free = Detector.COMPUTING if part == "model" else AnomalyDataModule.COMPUTING
-        for key, value in dict(config.get("init_args") or {}).items():
-            if key in made and key not in free and not _same(value, made[key]):
-                found.append(f"{part}.{key} {value}, not {made[key]}")
-    return found
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two settings mean the same, however a file, a flag or Python writes them."""
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other) or (None not in (one, other) and str(one) == str(other))
 
 
 def _listed(parts: Any) -> list[Any]:

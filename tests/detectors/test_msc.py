@@ -3,17 +3,22 @@ import pytorch_lightning as pl
 import torch
 
 from panda_lightning import MSC, Backbone
+from panda_lightning.detectors import msc, steps
 from panda_lightning.networks import augment
 from tests.detectors.test_panda import data, trainer
 
 
 @pytest.mark.parametrize("angular", [False, True])
-def test_training_is_a_plain_loop_over_two_views(folder, tmp_path, angular):
+def test_training_is_a_plain_loop_over_two_views(folder, tmp_path, angular, monkeypatch):
     """Two epochs of eleven images, against torch alone; the views' random numbers are the detector's own."""
     detector, module = MSC("panda_tiny", angular=angular, lr=1e-2), data(folder)
     drawn = []
-    draws = detector.draws
-    detector.draws = lambda batch, columns: drawn.append((batch["index"], draws(batch, columns))) or drawn[-1][1]
+
+    def watched(detector, batch, columns):
+        drawn.append((batch["index"], steps.draws(detector, batch, columns)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(msc, "draws", watched)
     trainer(tmp_path).fit(detector, module)
     assert len(drawn) == 6
     assert drawn[0][1].unique().numel() > 100
@@ -63,18 +68,18 @@ def test_images_stay_images_for_training_and_pass_the_frozen_layers_once_for_val
     assert detector.method == "MSC"
 
 
-def test_random_numbers_depend_on_epoch_and_image_alone(folder, tmp_path):
+def test_random_numbers_depend_on_epoch_and_image_alone(folder, tmp_path, monkeypatch):
     seen, size = {}, 0
 
-    class Watched(MSC):
-        def draws(self, batch, columns):
-            numbers = super().draws(batch, columns)
-            for i, row in zip(batch["index"].tolist(), numbers, strict=True):
-                seen.setdefault((size, self.current_epoch, i), row)
-            return numbers
+    def watched(detector, batch, columns):
+        numbers = steps.draws(detector, batch, columns)
+        for i, row in zip(batch["index"].tolist(), numbers, strict=True):
+            seen.setdefault((size, detector.current_epoch, i), row)
+        return numbers
 
+    monkeypatch.setattr(msc, "draws", watched)
     for size in (4, 3):
-        trainer(tmp_path).fit(Watched("panda_tiny"), data(folder, batch_size=size))
+        trainer(tmp_path).fit(MSC("panda_tiny"), data(folder, batch_size=size))
     for epoch in range(2):
         for i in range(11):
             assert torch.equal(seen[4, epoch, i], seen[3, epoch, i])

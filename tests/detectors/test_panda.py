@@ -15,7 +15,7 @@ from torch import nn
 from panda_lightning import PANDA, Backbone, ImageFolder, PandaError
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.formulas import fisher
-from panda_lightning.networks.backbones import BUNDLED
+from panda_lightning.networks.loading import BUNDLED
 from tests.conftest import make_folder, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,7 +226,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder):
 def test_a_checkpoint_needs_neither_training_images_nor_weights(tmp_path):
     folder = make_folder(tmp_path / "images")
     weights = tmp_path / "weights"
-    shutil.copytree(Path(Backbone.pretrained.__globals__["BUNDLED"]) / "panda_tiny", weights)
+    shutil.copytree(BUNDLED / "panda_tiny", weights)
     detector = PANDA(f"local-dir:{weights}", ewc_weight=0, grad_clip=10.0)
     runner = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
     runner.fit(detector, data(folder))

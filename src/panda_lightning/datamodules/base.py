@@ -1,7 +1,5 @@
 """What every data set shares: the one-class protocol, the view of its images, and their loaders."""
 
-import csv
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,9 +15,10 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded, relative
+from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
-from panda_lightning.datamodules.outliers import apart_from, read_outliers
+from panda_lightning.datamodules.manifest import manifest
+from panda_lightning.datamodules.outliers import outliers_apart
 from panda_lightning.types import Batch, PandaError
 
 __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
@@ -216,14 +215,15 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     @property
     def normal_images(self) -> Images:
         """The normal training images."""
-        return self._split("train")
+        return self.split("train")
 
     @property
     def test_images(self) -> Images:
         """The test images, normal and anomalous."""
-        return self._split("test")
+        return self.split("test")
 
-    def _split(self, split: Split) -> Images:
+    def split(self, split: Split) -> Images:
+        """The images of a split that protocol and limits leave."""
         settings = {name: getattr(self, name, None) for name in self.hparams}
         whole = self._once(self._listed, f"all {split}", settings, lambda: self.read(split))
         problem = (settings, self.problem)  # an unknown class is said before an empty one
@@ -271,31 +271,12 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             )
 
     def manifest(self, splits: Sequence[Split] = ("train", "test")) -> str:
-        r"""List the images of the protocol, in their order, as CSV: a split of ours can so be compared and found again.
-
-        Args:
-            splits: Which splits, in this order.
-
-        Returns:
-            Lines ``file,split,label`` ending in ``\n``, the heading first; file is relative to ``root`` with forward
-            slashes, or the row number in the split where images are an array; label is 1 for anomalous.
-        """
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(("file", "split", "label"))
-        for split in splits:
-            images = self._split(split)
-            for name, anomalous in zip(self.names(images), self.is_anomalous(images.targets), strict=True):
-                lines.writerow((name, split, int(anomalous)))
-        return text.getvalue()
+        """The images of the protocol as CSV, see datamodules/manifest.py."""
+        return manifest(self, splits)
 
     def names(self, images: Images) -> list[str]:
         """What images are called: their files relative to ``root``, or their row numbers in the split."""
-        rows = range(len(images)) if images.rows is None else images.rows
-        return [
-            relative(source, self.root) if isinstance(source, Path) else str(row)
-            for source, row in zip(images.sources, rows, strict=True)
-        ]
+        return images.names(self.root)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -404,14 +385,8 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
                 "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
                 ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
             )
-        images = read_outliers(self.outliers, {cls.__name__: cls for cls in subclasses(AnomalyDataModule)})
-        kept = apart_from(self.test_images, images)
-        rank_zero_info(
-            f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out"
-        )
-        if not len(kept):
-            raise PandaError(f"data.outliers={self.outliers} holds no images besides test images: name others.")
-        return images.take(kept)
+        known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
+        return outliers_apart(self.outliers, known, self.test_images)
 
 
 def subclasses(base: type[Any]) -> list[type[Any]]:

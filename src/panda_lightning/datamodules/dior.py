@@ -18,7 +18,8 @@ from rich.progress import track
 from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.images import find_folder, read_rgb
+from panda_lightning.datamodules.images import read_rgb
+from panda_lightning.datamodules.layout import find_folder
 from panda_lightning.types import PandaError
 
 

@@ -7,6 +7,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
+from panda_lightning.datamodules.layout import images_below
 from panda_lightning.types import PandaError
 
 
@@ -57,8 +58,3 @@ class ImageFolder(AnomalyDataModule):
                 f"{self.root}/train/<normal class>/*.png and {self.root}/test/<class>/*.png; set --data.root."
             )
         return {p.name: p for p in found}
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Files of images in a folder and its subfolders, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())

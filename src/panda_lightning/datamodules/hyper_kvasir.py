@@ -11,7 +11,7 @@ from PIL import Image
 from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.images import find_folder
+from panda_lightning.datamodules.layout import find_folder
 from panda_lightning.types import PandaError
 
 

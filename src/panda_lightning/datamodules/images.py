@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from panda_lightning.runtime.derived import fingerprint
+from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 
@@ -51,6 +51,12 @@ class Images:
         masks = None if self.masks is None else [self.masks[i] for i in rows]
         return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
 
+    def names(self, root: Path) -> list[str]:
+        """What they are called: their files relative to ``root``, or their row numbers in the split."""
+        rows = range(len(self)) if self.rows is None else self.rows
+        pairs = zip(self.sources, rows, strict=True)
+        return [relative(source, root) if isinstance(source, Path) else str(row) for source, row in pairs]
+
     def fingerprint(self, root: Path, times: bool = False) -> str:
         """A short name: of arrays by their pixels; of files by name below ``root`` and size, without opening them.
 
@@ -77,18 +83,6 @@ class Images:
 def relative(path: Path, root: Path) -> str:
     """A file's name below the data set's folder, with forward slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
-
-
-def find_folder(root: Path, *choices: str) -> Path | None:
-    """The folder of one of these paths in root or in a folder of it; where it is doubled, the inner one."""
-    for above in ("", "*/"):
-        for choice in choices:
-            first, last = choice.split("/")[0], choice.split("/")[-1]
-            for pattern in (f"{choice}/{last}", f"{first}/{choice}", choice):
-                for path in sorted(root.glob(above + pattern)):
-                    if path.is_dir():
-                        return path
-    return None
 
 
 @dataclass(frozen=True)

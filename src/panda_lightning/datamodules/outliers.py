@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from panda_lightning.datamodules.images import Images, View
@@ -43,6 +44,25 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
     raise PandaError(
         f"outliers={source} is neither a folder, nor a .npy file, nor CLASS:ROOT with one of {', '.join(datasets)}."
     )
+
+
+def outliers_apart(source: str, datasets: dict[str, Any], test: Images) -> Images:
+    """Images for outlier exposure without what is, or nearly is, a test image; the number left out is said.
+
+    Args:
+        source: See read_outliers.
+        datasets: See there.
+        test: The test images.
+
+    Raises:
+        PandaError: If there is no such source, or nothing is left.
+    """
+    images = read_outliers(source, datasets)
+    kept = apart_from(test, images)
+    rank_zero_info(f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out")
+    if not len(kept):
+        raise PandaError(f"data.outliers={source} holds no images besides test images: name others.")
+    return images.take(kept)
 
 
 def apart_from(test: Images, outliers: Images, closeness: float = 0.02) -> npt.NDArray[np.int64]:

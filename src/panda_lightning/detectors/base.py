@@ -2,10 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import isabstract
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import pytorch_lightning as pl
@@ -18,9 +16,11 @@ from typing_extensions import override
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.formulas import metrics
+from panda_lightning.runtime.agreement import require_same
 from panda_lightning.runtime.checkpoints import FORMAT, WholeCheckpointIO, require_format
-from panda_lightning.runtime.derived import Derived, checksum, mapped
+from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.fingerprint import checksum
 from panda_lightning.runtime.loggers import AutoWandbLogger
 from panda_lightning.types import Batch, PandaError, Scores
 
@@ -72,7 +72,6 @@ class Detector(pl.LightningModule, ABC):
         self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
-        self._drawn: tuple[object, Tensor] = (None, torch.empty(0))
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -149,7 +148,7 @@ class Detector(pl.LightningModule, ABC):
             )
         now = self._now = data.origin(training=fitting or not self._keeps)
         if self.origin is not None and self._keeps:
-            _require_same(self.method, self.origin, now, fitting)
+            require_same(self.method, self.origin, now, fitting)
             if not fitting and now["normal training images"] not in (None, self.origin["normal training images"]):
                 rank_zero_info(f"{self.method} keeps what it learned from {self.origin['data']}'s normal images.")
             return
@@ -250,7 +249,7 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        self._restored, self._drawn = False, (None, torch.empty(0))
+        self._restored = False
         if stage == "fit" and not self.trainer.global_step:  # a checkpoint, if there is one, comes later
             self._moved |= self.steps_trained > 0
             self.derived.clear()
@@ -325,20 +324,6 @@ class Detector(pl.LightningModule, ABC):
         count = self.trainer.strategy.reduce(real.sum(), reduce_op="sum")
         return (values * real).sum() * self.trainer.world_size / count, count
 
-    @staticmethod
-    def real_images(batch: Batch) -> Batch:
-        """The batch without fillers (index -1), for networks whose images are not independent; it may be empty."""
-        real = batch["index"] >= 0
-        kept: Any = {key: value[real] for key, value in batch.items()}  # type: ignore[index]
-        return cast(Batch, kept)
-
-    def of_all(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rows (B, ...) of all processes, as many on each, fillers (index -1) left out; gradients flow back to each."""
-        if self.trainer.world_size == 1:
-            return rows
-        everyone, places = (cast(Tensor, self.all_gather(t, sync_grads=True)).flatten(0, 1) for t in (rows, index))
-        return everyone[places >= 0]
-
     def logged_sum(self, terms: dict[str, Tensor], count: Any) -> Tensor:
         """Sum of the loss terms of a step over ``count`` images, each logged by its name."""
         self.terms = tuple(terms)
@@ -347,18 +332,6 @@ class Detector(pl.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, **how)
         self.log("train/loss", loss, prog_bar=True, **how)
         return loss
-
-    def draws(self, batch: Batch, columns: int) -> Tensor:
-        """Uniform random numbers in [0, 1) for augmentation, (B, columns).
-
-        They depend on seed, epoch and image alone: the same for any number of processes, and after a resume.
-        """
-        place = (self.data.seed, self.current_epoch, columns)
-        if self._drawn[0] != place:
-            size = len(self.data.normal_images)
-            generator = torch.Generator().manual_seed(hash(place) % 2**63)
-            self._drawn = (place, torch.rand(size, columns, generator=generator).to(self.device))
-        return self._drawn[1][batch["index"].clamp(min=0)]
 
     @override
     def on_train_start(self) -> None:
@@ -384,33 +357,3 @@ class Detector(pl.LightningModule, ABC):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.steps_trained += 1
-
-
-def _require_same(method: str, before: dict[str, Any], now: dict[str, Any], training: bool) -> None:
-    """Refuse data that do not suit what was derived from others.
-
-    Args:
-        method: What the detector is called.
-        before: The origin of its state.
-        now: What this run offers.
-        training: Whether training goes on, for which all must be the same.
-    """
-    elsewhere = ["view", "problem"] if before["data"] == now["data"] else ["view"]
-    kinds = list(before) if training else elsewhere
-    differences: list[str] = []
-    for kind in kinds:
-        one, other = before[kind], now[kind]
-        if not isinstance(one, dict):
-            one, other = {kind: one}, {kind: other}
-        differences += [f"{key}={other.get(key)}, not {value}" for key, value in one.items() if other.get(key) != value]
-    if differences:
-        advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
-        raise PandaError(f"{method} was made with other data than these ({'; '.join(differences)}): {advice}.")
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Draw new layers from the run's seed alone: the same ones however many processes have drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed())
-        yield

@@ -9,7 +9,8 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from panda_lightning.detectors.base import Detector, seeded
+from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.steps import real_images, seeded
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import deep_svdd_networks
@@ -140,7 +141,7 @@ class DeepSVDD(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        batch = self.real_images(batch)
+        batch = real_images(batch)
         index = batch["index"]
         if self.centre is None:
             loss, count = self.batch_mean(self.reconstruction_error(batch), index)

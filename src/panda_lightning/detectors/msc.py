@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.detectors.panda import PANDA
+from panda_lightning.detectors.steps import draws, of_all
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import Optimize
@@ -85,10 +86,10 @@ class MSC(PANDA):
     def loss_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         assert self.centre is not None
         centre = F.normalize(self.centre, dim=0) if self.angular else self.centre
-        draws = self.draws(batch, 2 * augment.VIEW_DRAWS).view(len(batch["image"]), 2, -1).unbind(dim=1)
-        views = torch.cat([augment.random_view(batch["image"], part) for part in draws])
+        numbers = draws(self, batch, 2 * augment.VIEW_DRAWS).view(len(batch["image"]), 2, -1).unbind(dim=1)
+        views = torch.cat([augment.random_view(batch["image"], part) for part in numbers])
         features = self.loss_space(self.backbone(views).float()).view(2, len(views) // 2, -1).transpose(0, 1)
-        features = self.of_all(features, batch["index"])  # every image is set against all of the step
+        features = of_all(self, features, batch["index"])  # every image is set against all of the step
         first, second = features.unbind(dim=1)
         terms = {"mean_shifted": losses.mean_shifted(first, second, centre, self.temperature)}
         if self.angular:

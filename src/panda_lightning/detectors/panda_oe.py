@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.detectors.base import seeded
 from panda_lightning.detectors.pretrained import PretrainedDetector
+from panda_lightning.detectors.steps import seeded
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.types import Batch
 

@@ -9,7 +9,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
-from panda_lightning.detectors.base import Detector, seeded
+from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.steps import draws, real_images, seeded
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch
@@ -85,12 +86,12 @@ class MultiHeadRotNet(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        batch = self.real_images(batch)
-        draws = self.draws(batch, augment.CROP_DRAWS + len(HEADS))
+        batch = real_images(batch)
+        numbers = draws(self, batch, augment.CROP_DRAWS + len(HEADS))
         self._dropped.manual_seed(self.steps_trained)  # the same after a resume
-        images = augment.crop_and_flip(batch["image"], draws[:, : augment.CROP_DRAWS], padding=4)
+        images = augment.crop_and_flip(batch["image"], numbers[:, : augment.CROP_DRAWS], padding=4)
         kinds = torch.tensor(list(HEADS.values()), device=self.device)
-        transform = (draws[:, augment.CROP_DRAWS :] * kinds).long()
+        transform = (numbers[:, augment.CROP_DRAWS :] * kinds).long()
         terms = {}
         for name, head, true in zip(HEADS, self.logits(images, transform), transform.T, strict=True):
             errors = F.cross_entropy(head, true, reduction="none") / len(HEADS)

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.derived import fingerprint
+from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters

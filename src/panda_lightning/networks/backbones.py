@@ -1,25 +1,18 @@
 """A pretrained timm network, split into a frozen prefix and an adapted suffix."""
 
-import json
-import os
 import re
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, cast
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from panda_lightning.networks.folding import Layer, fold_batchnorm, run
-from panda_lightning.runtime.checkpoints import require_format
+from panda_lightning.networks.loading import in_checkpoint, pretrained
 from panda_lightning.types import PandaError
 
 Optimize = Literal["plain", "channels_last", "folded", "compiled"]
-
-BUNDLED = Path(__file__).parents[1] / "weights"
 
 # What timm's own forward_features calls, in order, by class of network; containers of stages are written with
 # a dot and expanded. tests/networks/test_backbones.py compares each row with forward_features. Another family that
@@ -118,32 +111,13 @@ class Backbone(nn.Module):
             PandaError: If the name is unknown, the weights cannot be had, or the family is not supported.
         """
         if name.endswith(".ckpt"):
-            return cls._from_checkpoint(name, adapt_stages, optimize)
-        import timm  # slow to import, and not needed for --help
-
-        source = f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
-        overlay = None
-        if weights is not None:
-            if not Path(weights).is_file():
-                raise PandaError(f"weights={weights} is not a file: name a file of weights for {name}.")
-            if source.startswith(("local-dir:", "hf-hub:")):
-                raise PandaError(
-                    f"weights={weights} goes with the name of a timm architecture; backbone={name} has weights of its "
-                    "own: copy the file to model.safetensors in a folder with its config.json, and name that folder."
-                )
-            overlay = {"file": weights}
-        try:
-            with _hub_offline_if_unreachable():
-                architecture, model_args = _architecture(source)
-                if architecture.startswith(("vit_", "deit", "flexivit")):
-                    model_args["dynamic_img_size"] = True  # any image size: the position embedding is resampled
-                model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
-            raise PandaError(_no_weights(name, error)) from error
+            config, state = in_checkpoint(name)
+            backbone = cls.from_config(config, adapt_stages, optimize)
+            backbone.model.load_state_dict(state)
+            return backbone
+        model, model_args, fisher_file = pretrained(name, weights)
         backbone = cls(model, adapt_stages, model_args, optimize)
-        beside = Path(source.removeprefix("local-dir:")) / "fisher.safetensors"
-        if source.startswith("local-dir:") and weights is None and beside.is_file():
-            backbone.fisher_file = beside
+        backbone.fisher_file = fisher_file
         return backbone
 
     @classmethod
@@ -159,20 +133,6 @@ class Backbone(nn.Module):
             **config["model_args"],
         )
         return cls(model, adapt_stages, config["model_args"], optimize)
-
-    @classmethod
-    def _from_checkpoint(cls, path: str, adapt_stages: int, optimize: Optimize) -> Self:
-        if not Path(path).is_file():
-            raise PandaError(f"backbone={path} is not a file: name a checkpoint of this project or a timm model.")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = require_format(checkpoint)["derived"].get("network")
-        if config is None:
-            raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
-        backbone = cls.from_config(config, adapt_stages, optimize)
-        prefix = "backbone.model."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        backbone.model.load_state_dict(state)
-        return backbone
 
     @property
     def architecture(self) -> str:
@@ -312,44 +272,3 @@ def _expand(model: nn.Module, trunk: tuple[str, ...]) -> Iterator[str]:
             yield from (name + child for child, _ in model.get_submodule(name[:-1]).named_children())
         else:
             yield name
-
-
-def _architecture(source: str) -> tuple[str, dict[str, Any]]:
-    """Timm's name of the architecture and the arguments beyond it that its config.json gives."""
-    kind, _, rest = source.partition(":")
-    if kind == "local-dir":
-        config = json.loads((Path(rest) / "config.json").read_text())
-        return config["architecture"], dict(config.get("model_args") or {})
-    if kind == "hf-hub":
-        from timm.models import load_model_config_from_hf
-
-        _, name, args = load_model_config_from_hf(rest)
-        return name, dict(args or {})
-    return source.partition(".")[0], {}
-
-
-@contextmanager
-def _hub_offline_if_unreachable() -> Iterator[None]:
-    """Go straight to the hub's cache where there is no network: otherwise it retries for a minute first."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    if not before and not any(name.lower() == "https_proxy" for name in os.environ):
-        try:
-            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _no_weights(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"the weights of backbone={name} cannot be had ({reason.rstrip('.')}). Name a model of timm.list_pretrained(); "
-        "without network, copy the weights here and use backbone=local-dir:FOLDER (config.json + "
-        "model.safetensors), or weights=FILE beside a timm name, or fill the cache of huggingface_hub (HF_HOME); "
-        "backbone=panda_tiny is bundled and needs nothing."
-    )

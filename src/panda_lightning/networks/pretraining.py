@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from panda_lightning.datamodules.folder import images_below
 from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
+from panda_lightning.datamodules.layout import images_below
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.features import extract

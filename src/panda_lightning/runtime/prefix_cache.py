@@ -1,13 +1,7 @@
 """Every image passes the frozen layers once: what comes out is kept in memory or in a file."""
 
-import fcntl
-import math
-import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -19,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.derived import fingerprint
 from panda_lightning.runtime.features import gather, on_device
+from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.prefix_file import mapped_file, new_file
 from panda_lightning.types import Batch
 
 RULE = 2  # of what is in a file; another number where the same network would give other values
@@ -74,12 +69,12 @@ def cache_prefix(
     else:
         if not strategy.reduce_boolean_decision(path.is_file()):
             if trainer.local_rank == 0:  # the other processes of this machine map the same file
-                with _new_file(path, needed) as part:
-                    _fill(trainer, backbone, loader, _mapped(part, shape, dtype, writable=True))
+                with new_file(path, needed) as part:
+                    _fill(trainer, backbone, loader, mapped_file(part, shape, dtype, writable=True))
             else:
                 _fill(trainer, backbone, loader, None)
             strategy.barrier()
-        hidden = _mapped(path, shape, dtype).to(place)
+        hidden = mapped_file(path, shape, dtype).to(place)
     rank_zero_info(f"{what} is kept: {needed / 2**20:.0f} MiB {f'in {path}' if path else f'on {place}'}.")
     dataset.hidden = hidden
     return 0 if path else needed
@@ -97,35 +92,3 @@ def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hi
             index, values = gather(parts)
             if hidden is not None:
                 hidden[index.to(hidden.device)] = values.to(hidden)
-
-
-@contextmanager
-def _new_file(path: Path, size: int) -> Iterator[Path]:
-    """A file that gets its name when it is complete; its space is taken beforehand, so that the disk cannot fill up."""
-    _remove_orphans(path.parent)
-    handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)  # several machines may write to one disk
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # as long as this process lives
-            os.posix_fallocate(file.fileno(), 0, size)
-            yield part
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Files that killed processes left unfinished: nobody holds their lock, and they are not of this minute."""
-    for part in folder.glob("*.part"):
-        try:
-            with part.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(file.fileno()).st_mtime > 60:
-                    part.unlink()
-        except OSError:
-            continue  # somebody's, or gone by now
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool = False) -> Tensor:
-    return torch.from_file(str(path), shared=writable, size=math.prod(shape), dtype=dtype).view(shape)

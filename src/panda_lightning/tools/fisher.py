@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.cli import OneSentenceParser
-from panda_lightning.datamodules.folder import images_below
 from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
+from panda_lightning.datamodules.layout import images_below
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.derived import fingerprint
+from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 HELP = "Estimate the Fisher-information diagonal of a network's pretraining task, which weights EWC."

@@ -1,0 +1,27 @@
+"""The images of a protocol as a file, so that a split of ours can be compared and found again."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+
+def manifest(data: Any, splits: Sequence[str] = ("train", "test")) -> str:
+    r"""List the images of a data module's protocol, in their order, as CSV.
+
+    Args:
+        data: An AnomalyDataModule.
+        splits: Which splits, in this order.
+
+    Returns:
+        Lines ``file,split,label`` ending in ``\n``, the heading first; file is relative to ``root`` with forward
+        slashes, or the row number in the split where images are an array; label is 1 for anomalous.
+    """
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(("file", "split", "label"))
+    for split in splits:
+        images = data.split(split)
+        for name, anomalous in zip(images.names(data.root), data.is_anomalous(images.targets), strict=True):
+            lines.writerow((name, split, int(anomalous)))
+    return text.getvalue()

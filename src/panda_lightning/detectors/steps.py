@@ -1,0 +1,45 @@
+"""What training steps of several methods need: images of all processes, random numbers, fresh layers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from panda_lightning.detectors.base import Detector
+from panda_lightning.types import Batch
+
+
+def real_images(batch: Batch) -> Batch:
+    """The batch without fillers (index -1), for networks whose images are not independent; it may be empty."""
+    real = batch["index"] >= 0
+    kept: Any = {key: value[real] for key, value in batch.items()}  # type: ignore[index]
+    return cast(Batch, kept)
+
+
+def of_all(detector: Detector, rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, ...) of all processes, as many on each, fillers (index -1) left out; gradients flow back to each."""
+    if detector.trainer.world_size == 1:
+        return rows
+    everyone, places = (cast(Tensor, detector.all_gather(t, sync_grads=True)).flatten(0, 1) for t in (rows, index))
+    return everyone[places >= 0]
+
+
+def draws(detector: Detector, batch: Batch, columns: int) -> Tensor:
+    """Uniform random numbers in [0, 1) for augmentation, (B, columns).
+
+    They depend on seed, epoch and image alone: the same for any number of processes, and after a resume.
+    """
+    place = (detector.data.seed, detector.current_epoch, columns)
+    generator = torch.Generator().manual_seed(hash(place) % 2**63)
+    numbers = torch.rand(len(detector.data.normal_images), columns, generator=generator)
+    return numbers[batch["index"].clamp(min=0).cpu()].to(detector.device)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw new layers from the run's seed alone: the same ones however many processes have drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        yield

@@ -1,0 +1,116 @@
+"""Where a pretrained network comes from: timm, a folder, the hub, this package, or a checkpoint."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from panda_lightning.runtime.checkpoints import require_format
+from panda_lightning.types import PandaError
+
+BUNDLED = Path(__file__).parents[1] / "weights"
+
+
+def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any], Path | None]:
+    """Load a network with its weights; never one with random weights.
+
+    Args:
+        name: See Backbone.pretrained.
+        weights: See there.
+
+    Returns:
+        The timm model, the arguments beyond its name with which timm made it, and the file of the Fisher diagonal that
+        lies beside its weights, if any.
+
+    Raises:
+        PandaError: If the name is unknown, or the weights cannot be had.
+    """
+    import timm  # slow to import, and not needed for --help
+
+    source = f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
+    overlay = None
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise PandaError(f"weights={weights} is not a file: name a file of weights for {name}.")
+        if source.startswith(("local-dir:", "hf-hub:")):
+            raise PandaError(
+                f"weights={weights} goes with the name of a timm architecture; backbone={name} has weights of its "
+                "own: copy the file to model.safetensors in a folder with its config.json, and name that folder."
+            )
+        overlay = {"file": weights}
+    try:
+        with _hub_offline_if_unreachable():
+            architecture, model_args = _architecture(source)
+            if architecture.startswith(("vit_", "deit", "flexivit")):
+                model_args["dynamic_img_size"] = True  # any image size: the position embedding is resampled
+            model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
+        raise PandaError(_no_weights(name, error)) from error
+    beside = Path(source.removeprefix("local-dir:")) / "fisher.safetensors"
+    there = source.startswith("local-dir:") and weights is None and beside.is_file()
+    return model, model_args, beside if there else None
+
+
+def in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What Backbone.from_config needs, and the weights, of the network in a detector's checkpoint.
+
+    Raises:
+        PandaError: If it is none, or has no network.
+    """
+    if not Path(path).is_file():
+        raise PandaError(f"backbone={path} is not a file: name a checkpoint of this project or a timm model.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    config = require_format(checkpoint)["derived"].get("network")
+    if config is None:
+        raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
+    prefix = "backbone.model."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return config, state
+
+
+def _architecture(source: str) -> tuple[str, dict[str, Any]]:
+    """Timm's name of the architecture and the arguments beyond it that its config.json gives."""
+    kind, _, rest = source.partition(":")
+    if kind == "local-dir":
+        config = json.loads((Path(rest) / "config.json").read_text())
+        return config["architecture"], dict(config.get("model_args") or {})
+    if kind == "hf-hub":
+        from timm.models import load_model_config_from_hf
+
+        _, name, args = load_model_config_from_hf(rest)
+        return name, dict(args or {})
+    return source.partition(".")[0], {}
+
+
+@contextmanager
+def _hub_offline_if_unreachable() -> Iterator[None]:
+    """Go straight to the hub's cache where there is no network: otherwise it retries for a minute first."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not before and not any(name.lower() == "https_proxy" for name in os.environ):
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the weights of backbone={name} cannot be had ({reason.rstrip('.')}). Name a model of timm.list_pretrained(); "
+        "without network, copy the weights here and use backbone=local-dir:FOLDER (config.json + "
+        "model.safetensors), or weights=FILE beside a timm name, or fill the cache of huggingface_hub (HF_HOME); "
+        "backbone=panda_tiny is bundled and needs nothing."
+    )

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from panda_lightning.runtime.fingerprint import checksum, fingerprint
+
+
+class Pictures:
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def pictures(self, rows):
+        return self.pixels[rows]
+
+
+def test_a_fingerprint_is_the_same_for_the_same_and_another_for_anything_else():
+    weights = {"a": torch.arange(6.0), "b": torch.zeros(300)}
+    pixels = torch.arange(600, dtype=torch.uint8).view(300, 1, 1, 2)
+    base = fingerprint(weights, Pictures(pixels), "words", 3)
+    copies = {name: t.clone() for name, t in weights.items()}
+    assert fingerprint(copies, Pictures(pixels.clone()), "words", 3) == base
+    assert len(base) == 16
+    others = [
+        (weights | {"a": torch.arange(6.0).flip(0)}, Pictures(pixels), "words", 3),
+        (weights | {"a": torch.arange(6.0).view(2, 3)}, Pictures(pixels), "words", 3),
+        (weights | {"a": torch.arange(6.0).to(torch.int32)}, Pictures(pixels), "words", 3),
+        ({"a": weights["a"], "c": weights["b"]}, Pictures(pixels), "words", 3),
+        (weights, Pictures(pixels[:-1]), "words", 3),
+        (weights, Pictures(pixels.flip(0)), "words", 3),
+        (weights, Pictures(pixels), "word", 3),
+        (weights, Pictures(pixels), "words", "3"),
+        (weights, Pictures(pixels), "words"),
+        (Pictures(pixels), weights, "words", 3),
+    ]
+    assert len({fingerprint(*parts) for parts in others} | {base}) == len(others) + 1
+
+
+def test_parts_do_not_run_into_one_another():
+    assert fingerprint(["a", "b"], ["c"]) != fingerprint(["a"], ["b", "c"])
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+    assert fingerprint([[1], 2]) != fingerprint([1, [2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])
+def test_a_checksum_tells_any_change_of_value_or_place(dtype):
+    values = torch.arange(1, 8).to(dtype)
+    base = checksum([values, values[:3]])
+    assert checksum([values.clone(), values[:3].clone()]) == base
+    others = []
+    for i in range(7):
+        changed = values.clone()
+        changed[i] += 1
+        others.append(checksum([changed, values[:3]]))
+    others += [checksum([values.flip(0), values[:3]]), checksum([values[:3], values]), checksum([values])]
+    assert len({*others, base}) == len(others) + 1
+    assert checksum([]) == ""
+    assert checksum([torch.tensor(5, dtype=dtype)]) != checksum([torch.tensor(6, dtype=dtype)])

@@ -326,7 +326,7 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     run("test", *words, "--model.index_backend=torch", "--model.optimize=plain", last)  # nor is how to compute
     words = [word.replace("class=spot", "class=stripe") for word in words]
     said = refusal(run, capsys, "test", *words, last)
-    assert "DN2 was made with other data than these (normal_class=stripe, not spot): give those, or train anew" in said
+    assert "made with other data or arguments than these (normal_class=stripe, not spot): give those" in said
 
 
 def test_last_is_the_newest_of_this_very_configuration(run, workdir, caplog):

@@ -1,13 +1,15 @@
 """What a run derives, and what later runs make of it."""
 
+import os
 import shutil
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from PIL import Image
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from panda_lightning import DN2, OCSVM, PANDA, DeepSVDD, Digits, MultiHeadRotNet, PandaError
+from panda_lightning import DN2, OCSVM, PANDA, DeepSVDD, Digits, MultiHeadRotNet, PandaError, PatchCore
 from tests.conftest import make_folder
 from tests.detectors.test_panda import data, trainer
 
@@ -92,16 +94,13 @@ def test_a_second_fit_starts_from_fresh_weights_and_says_so(tmp_path, make, capl
         assert torch.equal(one.centre, other.centre)
 
 
-def test_raising_max_epochs_goes_on_and_another_detector_needs_its_own_trainer(tmp_path):
+def test_a_trainer_is_for_one_fit(tmp_path):
     detector = PANDA("panda_tiny", **ADAPT)
     runner = fitted(tmp_path, detector, digits())
-    centre, run = detector.centre, detector.run_id
     runner.fit_loop.max_epochs = 2
-    runner.fit(detector, digits())
-    assert (detector.epochs_trained, detector.run_id) == (2, run)
-    assert torch.equal(detector.centre, centre)
-    with pytest.raises(PandaError, match="Trainer has made 2 steps with another detector"):
-        runner.fit(PANDA("panda_tiny", **ADAPT), digits())
+    for again in (detector, PANDA("panda_tiny", **ADAPT)):  # Lightning would go on with new optimisers
+        with pytest.raises(PandaError, match="this Trainer has made 1 steps already: make a new one, with ckpt_path"):
+            runner.fit(again, digits())
 
 
 def test_a_test_after_fit_leaves_its_checkpoint_alone(tmp_path):
@@ -147,7 +146,9 @@ def test_view_and_problem_travel_in_the_checkpoint_and_are_the_default(tmp_path)
 def test_other_views_and_problems_are_refused(tmp_path, options, words, verb):
     detector, path = PANDA("panda_tiny", **ADAPT), tmp_path / "a.ckpt"
     runner = fitted(tmp_path, detector, digits())
-    with pytest.raises(PandaError, match=f"made with other data than these .*{words}.*: give those, or train anew"):
+    with pytest.raises(
+        PandaError, match=f"made with other data or arguments than these .*{words}.*: give those, or train anew"
+    ):
         getattr(trainer(tmp_path), verb)(detector, digits(**options))
     runner.save_checkpoint(path)
     with pytest.raises(PandaError, match=words):  # whether or not it comes by way of a file
@@ -256,3 +257,103 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, spoil, words):
     ):
         with pytest.raises(PandaError, match=words):
             use()
+
+
+def test_a_fit_that_ended_before_its_first_step_leaves_nothing_that_scores(tmp_path):
+    detector = PANDA("panda_tiny", **ADAPT)
+    fitted(tmp_path, detector, digits())
+    before = detector.scores.score
+    for spoilt in (digits(image_size=8), digits(outliers="somewhere")):
+        with pytest.raises(PandaError):
+            fitted(tmp_path, detector, spoilt)
+        with pytest.raises(PandaError, match="is untrained"):
+            scored(tmp_path, detector, digits())
+    fitted(tmp_path, detector, digits())
+    torch.testing.assert_close(detector.scores.score, before)
+
+
+def test_a_second_fit_starts_where_the_first_one_did(tmp_path):
+    detector = PANDA("panda_tiny", **ADAPT)
+    detector.load_backbone()
+    with torch.no_grad():
+        for p in detector.backbone.adapted().values():
+            p.mul_(1.05)  # the user's own weights, which no file holds
+    fitted(tmp_path, detector, digits())
+    first = detector.scores.score
+    fitted(tmp_path, detector, digits())
+    torch.testing.assert_close(detector.scores.score, first)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda **more: PatchCore("panda_tiny", **{"coreset": 0.5, **more}), {"coreset": 0.1}),
+        (lambda **more: OCSVM(**more), {"nu": 0.5}),
+        (lambda **more: OCSVM(**more), {"inputs": "pixels"}),
+        (lambda **more: DN2("panda_tiny", **more), {"k": 1}),
+        (lambda **more: DN2("panda_tiny", **more), {"normalize": True}),
+    ],
+    ids=["coreset", "nu", "inputs", "k", "normalize"],
+)
+def test_arguments_may_be_changed_between_runs(tmp_path, make, change):
+    one = make()
+    scored(tmp_path, one, digits())
+    for name, value in change.items():
+        setattr(one, name, value)
+    right = scored(tmp_path, make(**change), digits())
+    torch.testing.assert_close(scored(tmp_path, one, digits()), right, rtol=1e-5, atol=1e-6)
+    runner = trainer(tmp_path)
+    runner.test(one, digits(), verbose=False)
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = type(one).load_from_checkpoint(tmp_path / "a.ckpt")  # with the arguments as they were used
+    torch.testing.assert_close(scored(tmp_path, loaded, digits()), right, rtol=1e-5, atol=1e-6)
+    other = type(one).load_from_checkpoint(tmp_path / "a.ckpt", **{name: getattr(make(), name) for name in change})
+    if set(change) <= set(one.SCORING):
+        assert not torch.allclose(scored(tmp_path, other, digits()), right)
+    else:
+        with pytest.raises(PandaError, match=f"{next(iter(change))}="):
+            scored(tmp_path, other, digits())
+
+
+def test_precision_and_changed_files_are_part_of_where_a_bank_comes_from(tmp_path, folder):
+    one = DN2("panda_tiny")
+    trainer(tmp_path, precision="bf16-mixed").test(one, data(folder), verbose=False)
+    right = scored(tmp_path, DN2("panda_tiny"), data(folder))
+    torch.testing.assert_close(scored(tmp_path, one, data(folder)), right)
+    for path in (folder / "train/spot").glob("*.png"):  # bitmaps are all of one size
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    module = data(folder)
+    torch.testing.assert_close(scored(tmp_path, one, module), right)
+    for path in (folder / "train/spot").glob("*.bmp"):
+        Image.open(path).rotate(90).save(path)
+        os.utime(path, ns=(1, 1))
+    torch.testing.assert_close(scored(tmp_path, one, module), scored(tmp_path, DN2("panda_tiny"), data(folder)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"ewc_weight": 5.0, "fisher": "ones"}, {"lr": 0.5}, {"normalize_loss": True}], ids=str
+)
+def test_a_run_goes_on_with_its_own_arguments_only(tmp_path, change):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path)
+    with pytest.raises(PandaError, match=f"{next(iter(change))}=.*: to go on, give those"):
+        fitted(tmp_path, PANDA("panda_tiny", **{**ADAPT, **change}), digits(), epochs=2, ckpt_path=path)
+
+
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path, weights_only=True)
+    with pytest.raises(PandaError, match="holds weights alone .* test it, or start anew"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(), epochs=2, ckpt_path=path)
+
+
+def test_averaged_weights_are_saved_with_their_own_state(tmp_path):
+    average = EMAWeightAveraging(decay=0.5)
+    runner = trainer(tmp_path, 2, callbacks=[average])
+    detector = PANDA("panda_tiny", **ADAPT)
+    runner.fit(detector, digits(batch_size=5))
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = PANDA.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.steps_trained == 8
+    assert scored(tmp_path, loaded, digits(batch_size=5)).isfinite().all()

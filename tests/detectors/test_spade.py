@@ -47,5 +47,7 @@ def test_a_checkpoint_of_another_image_size_is_refused(tmp_path):
     runner.test(SPADE("panda_tiny", k=2), mvtec(tmp_path), verbose=False)
     runner.save_checkpoint(tmp_path / "spade.ckpt")
     loaded = SPADE.load_from_checkpoint(tmp_path / "spade.ckpt")
-    with pytest.raises(PandaError, match=r"SPADE was made with other data than these \(image_size=96, not 64\)"):
+    with pytest.raises(
+        PandaError, match=r"SPADE was made with other data or arguments than these \(image_size=96, not 64\)"
+    ):
         trainer(tmp_path).test(loaded, mvtec(tmp_path, image_size=96), verbose=False)

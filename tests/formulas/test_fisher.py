@@ -193,12 +193,12 @@ def test_a_source_is_ones_a_file_or_what_lies_beside_the_weights(tmp_path):
         found = fisher.from_source(source, backbone, 2)
         assert list(found) == list(backbone.adapted())
         assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert fisher.from_source("auto", Backbone.pretrained("panda_tiny", adapt_stages=3), 3) == {}  # it is of two
+    assert fisher.from_source("auto", Backbone.pretrained("panda_tiny", adapt_stages=3), 3) is None  # it is of two
     backbone.fisher_file = tmp_path / "f.safetensors"  # which does not say of how many
     found = fisher.from_source("auto", backbone, 2)
     assert all(torch.equal(found[name], diagonal[name]) for name in diagonal)
     backbone.fisher_file = None
-    assert fisher.from_source("auto", backbone, 2) == {}
+    assert fisher.from_source("auto", backbone, 2) is None
     with pytest.raises(PandaError, match="resnet18 has none here"):
         fisher.from_source("auto", Backbone(timm.create_model("resnet18", num_classes=0), 2), 2)
 
@@ -233,10 +233,10 @@ def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers(tmp_path):
     spots = ImageFolder(str(make_folder(tmp_path / "a")), image_size=32, normal_class="spot")
     data, other = (loader().dataset for loader in (spots.normal_dataloader, spots.val_dataloader))
     one, two = Backbone.pretrained("panda_tiny", adapt_stages=2), Backbone.pretrained("panda_tiny", adapt_stages=1)
-    path = fisher.cache_path(one, data)
-    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), data)
-    assert path != fisher.cache_path(one, other)
-    assert path != fisher.cache_path(two, data)
+    path = fisher.cache_path(one, data, "32")
+    assert path == fisher.cache_path(Backbone.pretrained("panda_tiny"), data, "32")
+    assert path != fisher.cache_path(one, other, "32")
+    assert path != fisher.cache_path(two, data, "32")
     with torch.no_grad():
         next(one.parameters())[0, 0, 0, 0] += 1e-3
-    assert path != fisher.cache_path(one, data)
+    assert path != fisher.cache_path(one, data, "32")

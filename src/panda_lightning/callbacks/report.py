@@ -111,7 +111,8 @@ class Report(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._finish(trainer, pl_module)
+        if self._scored:  # else there is nothing yet but what a checkpoint brought
+            self._finish(trainer, pl_module)
 
     @rank_zero_only
     def _finish(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -50,6 +50,16 @@ class SampleWiseEarlyStopping(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0:
             self.score, self.kept = None, []
+        elif self.score is None:
+            raise PandaError(
+                "SES takes the most telling of all times, and the run that is to go on was made without it: start "
+                "anew, or leave SampleWiseEarlyStopping out of the callbacks."
+            )
+        if not hasattr(pl_module, "normal_score"):
+            raise PandaError(
+                f"SES needs a detector with a bank of features, and {pl_module.method} has none: leave "
+                "SampleWiseEarlyStopping out of the callbacks."
+            )
 
     # ---- fit: scores alone ---------------------------------------------------------------------------------------
 
@@ -73,7 +83,9 @@ class SampleWiseEarlyStopping(pl.Callback):
             one = sum(t.numel() * t.element_size() for t in (entries, *adapted.values()))
             times = "" if trainer.max_epochs in (None, -1) else f", {one * (trainer.max_epochs + 1) / 2**20:.0f} in all"
             rank_zero_info(f"SES keeps {one / 2**20:.1f} MiB at each validation{times}, in {path.parent}")
-        trainer.strategy.save_checkpoint({"adapted": adapted, "entries": entries, "normal_score": normal}, path)
+        how = [detector.k, detector.normalize]
+        kept = {"adapted": adapted, "entries": entries, "normal_score": normal, "how": how}
+        trainer.strategy.save_checkpoint(kept, path)
         self.kept = [*(n for n in self.kept if n < steps), steps]
 
     # ---- test and predict: the networks of all times -------------------------------------------------------------
@@ -92,6 +104,11 @@ class SampleWiseEarlyStopping(pl.Callback):
         self._snapshots = []
         for path in paths:
             kept = torch.load(path, map_location=pl_module.device, weights_only=True)
+            if kept["how"] != [pl_module.k, pl_module.normalize]:
+                raise PandaError(
+                    f"SES kept its times with k, normalize = {kept['how']}, and now they are "
+                    f"{[pl_module.k, pl_module.normalize]}: give those."
+                )
             index = KNNIndex(pl_module.index.backend, pl_module.index.memory_mb).fit(kept["entries"])
             adapted = {f"model.{name}": p for name, p in kept["adapted"].items()}
             self._snapshots.append((adapted, index, kept["normal_score"]))

@@ -165,9 +165,10 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Args:
             training: Whether training images must be there; without, they are left out where they are missing.
         """
-        images: dict[str, Images | None] = {"test images": self.test_images, "normal training images": None}
+        test = self.test_images
+        normal = None
         try:
-            images["normal training images"] = self.normal_images
+            normal = self.normal_images
         except PandaError:
             if training:
                 raise
@@ -175,10 +176,13 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
             "data": type(self).__name__,
             "problem": self.problem,
             "view": self.view.words,
-            **{what: found and f"{len(found)} ({found.fingerprint(self.root)})" for what, found in images.items()},
+            "normal training images": normal and f"{len(normal)} ({normal.fingerprint(self.root)})",
+            "test images": f"{len(test)} ({test.fingerprint(self.root)})",
+            "files": normal and normal.fingerprint(self.root, times=True),  # of this machine
+            "on_error": self.on_error,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "outliers": self.outliers,
+            "outliers": self.outliers and training and self._outlier_images().fingerprint(Path(self.outliers)),
         }
 
     # ---- the protocol --------------------------------------------------------------------------------------------
@@ -375,18 +379,19 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         Raises:
             PandaError: If there is no such source.
         """
-        settings = (self.outliers, self.test_images.fingerprint(self.root))
-        images = self._once(self._listed, "outlier", settings, self._outlier_images)
+        images = self._outlier_images()
         return self._loader(self._dataset("outlier", images, np.ones(len(images), dtype=np.bool_)), train=True)
 
     def _outlier_images(self) -> Images:
-        if self.outliers is None:
+        source, test = self.outliers, self.test_images
+        if source is None:
             raise PandaError(
                 "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
                 ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
             )
         known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
-        return outliers_apart(self.outliers, known, self.test_images)
+        settings = (source, test.fingerprint(self.root))
+        return self._once(self._listed, "outlier", settings, lambda: outliers_apart(source, known, test))
 
 
 def subclasses(base: type[Any]) -> list[type[Any]]:

@@ -38,6 +38,7 @@ class Detector(pl.LightningModule, ABC):
 
     Attributes:
         COMPUTING: Arguments that say how to compute, not what: they may differ from the checkpoint's.
+        SCORING: Arguments that only scoring uses: they may be changed and nothing need be derived anew.
         OUTLIERS: Whether training batches hold outliers too.
         derived: What runs derived, by attribute; see Derived.
         origin: What it was derived from, see AnomalyDataModule.origin; None before any run.
@@ -49,6 +50,7 @@ class Detector(pl.LightningModule, ABC):
     """
 
     COMPUTING = ("optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir", "shard_bank")
+    SCORING: tuple[str, ...] = ()
     OUTLIERS = False
 
     origin = Derived[dict[str, Any] | None](None)
@@ -69,6 +71,7 @@ class Detector(pl.LightningModule, ABC):
         self._given = False  # whether the state came from a checkpoint or another process
         self._restored = False  # in the run under way
         self._moved = False  # whether weights are those of a training whose state is forgotten
+        self._fresh: dict[str, Tensor] | None = None  # what training changes, as it was before; lives in memory alone
         self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
@@ -130,31 +133,61 @@ class Detector(pl.LightningModule, ABC):
         Raises:
             PandaError: If its state does not suit them, or there is none and scores would be those of fresh weights.
         """
-        fitting = self.trainer.state.fn == "fit"
-        if fitting and not self._restored and self.trainer.global_step != self.steps_trained:
-            raise PandaError(
-                f"this Trainer has made {self.trainer.global_step} steps with another detector, so it would make none "
-                "with this one: give each its own Trainer."
-            )
-        if fitting and not self._restored and self._moved:
-            rank_zero_info(f"{self.method} starts anew from fresh weights; ckpt_path goes on with trained ones.")
-            for name, network in self.fresh_networks().items():
-                getattr(self, name).load_state_dict(network.state_dict())
-            self._moved = False
-        if self.origin is None and self.learns and not fitting:
+        fitting, keeps = self.trainer.state.fn == "fit", self._keeps
+        if self.learns and not keeps and not fitting:
             raise PandaError(
                 f"{self.method} is untrained, so it has no scores of its own: train it with fit, or give ckpt_path. "
                 "DN2 scores by a pretrained network as it is."
             )
-        now = self._now = data.origin(training=fitting or not self._keeps)
-        if self.origin is not None and self._keeps:
-            require_same(self.method, self.origin, now, fitting)
+        if fitting and not self._restored and self.trainer.global_step:
+            raise PandaError(
+                f"this Trainer has made {self.trainer.global_step} steps already: make a new one, with ckpt_path where "
+                "training is to go on (Lightning would go on without the optimiser's state)."
+            )
+        now = {**data.origin(training=fitting or not keeps), "settings": self.settings}
+        now["precision"] = str(self.trainer.precision)
+        self._now = now
+        if keeps and self.origin is not None:
+            require_same(self.method, self.origin, now, fitting, self.learns)
             if not fitting and now["normal training images"] not in (None, self.origin["normal training images"]):
                 rank_zero_info(f"{self.method} keeps what it learned from {self.origin['data']}'s normal images.")
             return
         if self.origin != now:
             self.derived.clear()
             self.origin, self.run_id = now, self.trainer.strategy.broadcast(uuid4().hex[:8])
+        if fitting and self._moved:
+            rank_zero_info(f"{self.method} starts anew from fresh weights; ckpt_path goes on with trained ones.")
+            self.start_anew()
+        elif fitting:
+            changing = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+            self._fresh = {name: t.detach().clone() for name, t in (*changing, *self.named_buffers())}
+
+    def start_anew(self) -> None:
+        """Give the networks the weights that they had before training."""
+        if self._fresh is None:
+            for name, network in self.fresh_networks().items():
+                getattr(self, name).load_state_dict(network.state_dict())
+        else:
+            own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+            with torch.no_grad():
+                for name, value in self._fresh.items():
+                    own[name].copy_(value)
+        self._moved = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments as they are now, but for those that change nothing that is derived."""
+        free = (*self.COMPUTING, *self.SCORING, "backbone", "weights")  # weights are compared themselves
+        return {name: value for name, value in self._arguments().items() if name not in free}
+
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments; attributes of their names may have been changed since."""
+        found = {}
+        for name, given in self.hparams.items():
+            own = getattr(self, name, given)
+            plain = own is None or isinstance(own, str | int | float | list | tuple)
+            found[name] = own if plain and not isinstance(getattr(type(self), name, None), Derived) else given
+        return found
 
     @property
     def _kind(self) -> str:
@@ -185,10 +218,19 @@ class Detector(pl.LightningModule, ABC):
         # the command line, which reads the class there, has written it already where it made this object
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint.get("hyper_parameters", {}).setdefault("_class_path", name)
+        checkpoint.get("hyper_parameters", {}).update(self._arguments())
+        state = checkpoint["state_dict"]
+        if state["_extra_state"]["derived"].get("run_id") != self.run_id:  # weights averaged by a copy of this object
+            state["_extra_state"] = self.get_extra_state()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_format(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise PandaError(
+                "the checkpoint holds weights alone (save_weights_only, or a test saved it), so no training can go on "
+                "from it: test it, or start anew."
+            )
         self._restored = True
 
     # ---- a bank ----------------------------------------------------------------------------------------------------
@@ -250,11 +292,10 @@ class Detector(pl.LightningModule, ABC):
     @override
     def setup(self, stage: str) -> None:
         self._restored = False
-        if stage == "fit" and not self.trainer.global_step:  # a checkpoint, if there is one, comes later
+        if stage == "fit":  # a checkpoint, if there is one, comes later
             self._moved |= self.steps_trained > 0
             self.derived.clear()
             self._given = False
-        if stage == "fit":
             self.train()  # Lightning leaves a module in eval mode after predict, and BatchNorm would then not learn
         data = self.data
         if not hasattr(data, "normal_dataloader"):
@@ -335,7 +376,7 @@ class Detector(pl.LightningModule, ABC):
 
     @override
     def on_train_start(self) -> None:
-        if self.trainer.global_step != self.steps_trained:
+        if self.trainer.global_step != self.steps_trained:  # so it is with a used Trainer, too
             raise PandaError(
                 f"the checkpoint's weights have {self.steps_trained} steps behind them, but it was saved by a Trainer "
                 f"with {self.trainer.global_step} (after a test, say): it can be tested, not trained on."

@@ -98,7 +98,7 @@ class DeepSVDD(Detector):
     def build(self, size: int) -> None:
         """Make the networks for images of this side in pixels, unless they are there."""
         if self.size != size:
-            self.size = size
+            self.size, self._fresh, self._moved = size, None, False
             for name, network in self.fresh_networks().items():
                 setattr(self, name, network)
 
@@ -209,5 +209,5 @@ class DeepSVDD(Detector):
     @override
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        assert self.origin is not None
-        self.build(self.origin["view"]["image_size"])
+        if self.origin is not None:
+            self.build(self.origin["view"]["image_size"])

@@ -46,6 +46,7 @@ class DN2(PretrainedDetector):
         reduction: The centroids, and what they were made from.
     """
 
+    SCORING = ("k", "normalize", "centroids")
     bank = Derived[Any](None)
     bank_is_whole = Derived[bool](True)
     reduction = Derived[tuple[list[Any], Tensor] | None](None)

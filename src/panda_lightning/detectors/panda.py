@@ -148,7 +148,7 @@ class PANDA(DN2):
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
             if self.ewc_weight and self.fisher is None:
                 loader = self.data.normal_dataloader()
-                path = fisher.cache_path(self.backbone, loader.dataset)
+                path = fisher.cache_path(self.backbone, loader.dataset, str(self.trainer.precision))
                 batches = on_device(self.trainer, loader, "Fisher information")
                 self.fisher = fisher.kept_or_estimated(path, self.backbone, batches, self.trainer.strategy)
         for name in ("centre", "start", "fisher"):

@@ -39,6 +39,8 @@ class PatchCore(SegmentationDetector):
         index_memory_mb: See DN2.
     """
 
+    SCORING = ("neighbours", "sigma")
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",

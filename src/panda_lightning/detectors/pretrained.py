@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from panda_lightning.detectors.base import Detector
 from panda_lightning.networks.backbones import Backbone, Optimize
+from panda_lightning.networks.loading import fisher_beside
 from panda_lightning.runtime.prefix_cache import cache_prefix
 from panda_lightning.types import Batch, PandaError
 
@@ -76,6 +77,12 @@ class PretrainedDetector(Detector):
     @override
     def fresh_networks(self) -> dict[str, Any]:
         return {"backbone": Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)}
+
+    @override
+    def start_anew(self) -> None:
+        super().start_anew()
+        if self.backbone.fisher_file is None:  # it came out of a checkpoint
+            self.backbone.fisher_file = fisher_beside(self.backbone_name, self.weights)
 
     @property
     @override

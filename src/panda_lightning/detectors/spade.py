@@ -35,6 +35,8 @@ class SPADE(SegmentationDetector):
         index_memory_mb: See DN2.
     """
 
+    SCORING = ("k", "sigma")
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",

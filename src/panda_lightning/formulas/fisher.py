@@ -291,8 +291,9 @@ def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = 
     part.replace(path)
 
 
-def cache_path(backbone: Backbone, dataset: Any) -> Path:
+def cache_path(backbone: Backbone, dataset: Any, precision: str) -> Path:
     """Where an estimate is kept: a name made of the network, the adapted layers and the very pixels used."""
-    name = fingerprint("per-sample, drawn labels, seed 0", backbone.made_of(), list(backbone.adapted()), dataset)
+    rule = ("per-sample, drawn labels, seed 0", list(backbone.adapted()), precision)
+    name = fingerprint(rule, backbone.made_of(), dataset)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{name}.safetensors"

@@ -34,7 +34,7 @@ def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any
     """
     import timm  # slow to import, and not needed for --help
 
-    source = f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
+    source = _source(name)
     overlay = None
     if weights is not None:
         if not Path(weights).is_file():
@@ -53,9 +53,18 @@ def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any
             model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
         raise PandaError(_no_weights(name, error)) from error
+    return model, model_args, fisher_beside(name, weights)
+
+
+def fisher_beside(name: str, weights: str | None) -> Path | None:
+    """The file of the Fisher diagonal that lies beside the weights of this name, if there is one."""
+    source = _source(name)
     beside = Path(source.removeprefix("local-dir:")) / "fisher.safetensors"
-    there = source.startswith("local-dir:") and weights is None and beside.is_file()
-    return model, model_args, beside if there else None
+    return beside if source.startswith("local-dir:") and weights is None and beside.is_file() else None
+
+
+def _source(name: str) -> str:
+    return f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
 
 
 def in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

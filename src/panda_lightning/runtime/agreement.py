@@ -56,6 +56,7 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
         folders: Where to look.
     """
     others: list[str] = []
+    free = {part: tuple(name for name in names if name != "root") for part, names in free.items()}
 
     def alike(path: Path) -> bool:
         found = differences(config, made_with(path)[1], free) if free else []
@@ -75,23 +76,27 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other) or (None not in (one, other) and str(one) == str(other))
 
 
-def require_same(method: str, before: dict[str, Any], now: dict[str, Any], training: bool) -> None:
-    """Refuse data that do not suit what was derived from others.
+def require_same(method: str, before: dict[str, Any], now: dict[str, Any], training: bool, learns: bool) -> None:
+    """Refuse data and arguments that do not suit what was derived with others.
 
     Args:
         method: What the detector is called.
         before: The origin of its state.
         now: What this run offers.
         training: Whether training goes on, for which all must be the same.
+        learns: Whether it is training that arguments shape, or, without, the bank.
     """
-    elsewhere = ["view", "problem"] if before["data"] == now["data"] else ["view"]
-    kinds = list(before) if training else elsewhere
+    elsewhere = ["view", *(["problem"] if before["data"] == now["data"] else []), *([] if learns else ["settings"])]
+    kinds = [kind for kind in before if kind != "files"] if training else elsewhere
     differences: list[str] = []
     for kind in kinds:
         one, other = before[kind], now[kind]
         if not isinstance(one, dict):
             one, other = {kind: one}, {kind: other}
-        differences += [f"{key}={other.get(key)}, not {value}" for key, value in one.items() if other.get(key) != value]
+        pairs = ((key, value, other.get(key)) for key, value in one.items())
+        differences += [f"{key}={here}, not {value}" for key, value, here in pairs if not _same(here, value)]
     if differences:
         advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
-        raise PandaError(f"{method} was made with other data than these ({'; '.join(differences)}): {advice}.")
+        raise PandaError(
+            f"{method} was made with other data or arguments than these ({'; '.join(differences)}): {advice}."
+        )

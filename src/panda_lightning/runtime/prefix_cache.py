@@ -67,7 +67,7 @@ def cache_prefix(
         hidden = torch.empty(shape, dtype=dtype, device=place)
         _fill(trainer, backbone, loader, hidden)
     else:
-        if not strategy.reduce_boolean_decision(path.is_file()):
+        if not strategy.reduce_boolean_decision(path.is_file() and path.stat().st_size == needed):
             if trainer.local_rank == 0:  # the other processes of this machine map the same file
                 with new_file(path, needed) as part:
                     _fill(trainer, backbone, loader, mapped_file(part, shape, dtype, writable=True))

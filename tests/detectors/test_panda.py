@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,6 +408,18 @@ def test_files_of_the_cache_and_of_fisher_are_of_one_network_and_precision(tmp_p
     apart = PANDA(network, grad_clip=1.0)
     trainer(tmp_path, 1).fit(apart, data(folder))
     torch.testing.assert_close(weights, apart.scores.score)
+
+
+def test_a_cut_off_file_of_the_cache_is_made_again(tmp_path, folder):
+    cache, found = tmp_path / "cache", []
+    for _ in range(2):
+        detector = PANDA("panda_tiny", ewc_weight=0, prefix_cache_dir=str(cache))
+        trainer(tmp_path, 1).fit(detector, data(folder))
+        found.append((detector.scores.score, [path.stat().st_size for path in sorted(cache.iterdir())]))
+        for path in cache.iterdir():
+            os.truncate(path, 100)
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
 
 
 def test_a_full_disk_is_no_place_for_the_cache(tmp_path, folder, monkeypatch, caplog):

@@ -12,7 +12,7 @@ from typing_extensions import override
 from panda_lightning.detectors.base import Detector
 from panda_lightning.networks.backbones import Backbone, Optimize
 from panda_lightning.networks.loading import fisher_beside
-from panda_lightning.runtime.prefix_cache import cache_prefix
+from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.types import Batch, PandaError
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from panda_lightning.formulas.pixel_metrics import PixelHistogram
@@ -39,7 +40,7 @@ def plain_pro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
         overlap.append(np.mean([(m[r] >= threshold).mean() for m, r in parts]))
     inside = np.array(false) <= limit
     x, y = [*np.array(false)[inside], limit], [*np.array(overlap)[inside], np.interp(limit, false, overlap)]
-    return float(np.trapezoid(y, x)) / limit
+    return float(trapezoid(y, x)) / limit
 
 
 @pytest.mark.parametrize("scale", [1e-6, 300.0])

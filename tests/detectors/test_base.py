@@ -1,5 +1,6 @@
 """What a run derives, and what later runs make of it."""
 
+import json
 import os
 import shutil
 
@@ -9,7 +10,8 @@ from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from panda_lightning import DN2, OCSVM, PANDA, DeepSVDD, Digits, MultiHeadRotNet, PandaError, PatchCore
+from panda_lightning import DN2, OCSVM, PANDA, Backbone, DeepSVDD, Digits, MultiHeadRotNet, PandaError, PatchCore
+from panda_lightning.networks.loading import BUNDLED
 from tests.conftest import make_folder
 from tests.detectors.test_panda import data, trainer
 
@@ -357,3 +359,19 @@ def test_averaged_weights_are_saved_with_their_own_state(tmp_path):
     loaded = PANDA.load_from_checkpoint(tmp_path / "a.ckpt")
     assert loaded.steps_trained == 8
     assert scored(tmp_path, loaded, digits(batch_size=5)).isfinite().all()
+
+
+def test_a_checkpoint_of_another_network_brings_its_own_start(tmp_path):
+    shutil.copytree(BUNDLED / "panda_tiny", tmp_path / "net")
+    other, path = f"local-dir:{tmp_path / 'net'}", tmp_path / "a.ckpt"
+    config = json.loads((tmp_path / "net/config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.9, 0.1, 0.1]
+    (tmp_path / "net/config.json").write_text(json.dumps(config))
+    trained = PANDA(other, **ADAPT)
+    fitted(tmp_path, trained, digits()).save_checkpoint(path)
+    first, detector = trained.scores.score, PANDA(other, **ADAPT)
+    detector.backbone = Backbone.pretrained("panda_tiny", adapt_stages=2)  # a user's, which the checkpoint replaces
+    fitted(tmp_path, detector, digits())
+    scored(tmp_path, detector, digits(), ckpt_path=path)
+    fitted(tmp_path, detector, digits())
+    torch.testing.assert_close(detector.scores.score, first)

@@ -109,6 +109,7 @@ class PretrainedDetector(Detector):
         config = self.derived["network"]
         if config is not None and not (hasattr(self, "backbone") and self.backbone.config == config):
             self.backbone = Backbone.from_config(config, self.adapt_stages, self.optimize)
+            self._fresh = None  # of another network
 
     # ---- its adaptation ------------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def test_any_order_of_use_gives_what_new_objects_give(name, tmp_path):
     make_folder(tmp_path / "others", train=0, normal=0, anomalous=9)
     outliers = str(tmp_path / "others") if name == "PANDA-OE" else None
     fresh = Fresh(DETECTORS[name], tmp_path, outliers)
-    compared = refused = 0
+    compared = 0
     for sequence in range(SEQUENCES):
         draw = random.Random(f"{name} {sequence}")
         used, done = Used(DETECTORS[name], tmp_path, fresh), []
@@ -167,7 +167,6 @@ def test_any_order_of_use_gives_what_new_objects_give(name, tmp_path):
                 no_run = done[-1] == "go on" and not used.saved[2]
                 assert used.holds is None or used.holds[1] != used.here or no_run, (done, sentence)
                 assert "\n" not in sentence
-                refused += 1
             elif found is not None:
                 scores, right = found
                 assert right is not None, (done, "should have been refused")
@@ -175,4 +174,3 @@ def test_any_order_of_use_gives_what_new_objects_give(name, tmp_path):
                 torch.testing.assert_close(scores, right, rtol=1e-4, atol=1e-4 * scale, msg=f"{sequence}: {done}")
                 compared += 1
     assert compared > SEQUENCES
-    assert refused or SEQUENCES < 5

@@ -192,3 +192,11 @@ def test_a_split_of_ours_is_kept_with_the_run(tmp_path):
     assert lines[0] == "file,split,label"
     assert lines[1] == "PetImages/Cat/10000.jpg,test,0"
     assert len(lines) == 1 + 6 + 8
+
+
+def test_another_root_may_be_put_in_its_place(folder, tmp_path):
+    data = ImageFolder(root=str(folder))
+    assert len(data.test_images) == 13
+    data.root = str(make_folder(tmp_path / "elsewhere", train=3, normal=2, anomalous=1))
+    assert (len(data.normal_images), len(data.test_images)) == (3, 3)
+    assert data.names(data.test_images) == ["test/spot/100.png", "test/spot/101.png", "test/stripe/000.png"]

@@ -86,7 +86,7 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.root = Path(root)
+        self.root = root
         self.normal_class = normal_class
         self.protocol = protocol
         self.image_size = image_size
@@ -106,6 +106,15 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         self._decoded: dict[str, tuple[Any, Any]] = {}
         self._shown: dict[str, ImageDataset] = {}  # of the run under way; a detector may hide its images
         self._introduced = False
+
+    @property
+    def root(self) -> Path:
+        """Folder of the data set's files."""
+        return self._root
+
+    @root.setter
+    def root(self, folder: str | Path) -> None:
+        self._root = Path(folder)
 
     @abstractmethod
     def read(self, split: Split) -> Images:

@@ -34,7 +34,8 @@ class Detector(pl.LightningModule, ABC):
     What a run derives from weights and images is ``Derived``, and belongs to the ``origin`` that it was derived from.
     A run compares origins before it decodes an image (``accept``). A detector that was trained, or came from a
     checkpoint, keeps its state: other preprocessing, or another problem on the same data set, is refused. A bank
-    that a test made by itself is made anew for other images. ``fit`` without a checkpoint starts from fresh weights.
+    that a test made by itself is made anew for other images, arguments or precision. ``fit`` without a checkpoint
+    starts from fresh weights.
 
     Attributes:
         COMPUTING: Arguments that say how to compute, not what: they may differ from the checkpoint's.

@@ -186,11 +186,14 @@ class Backbone(nn.Module):
         """
         adapted = self.adapted() if frozen else {}
         weights = {name: t for name, t in self.model.state_dict().items() if name not in adapted}
-        return {"weights": weights, "pieces": self.pieces[: self._split] if frozen else self.pieces, **self._form}
-
-    @property
-    def _form(self) -> dict[str, Any]:
-        return {"architecture": self.architecture, "args": self.model_args, "mean": self.mean, "std": self.std}
+        return {
+            "weights": weights,
+            "pieces": self.pieces[: self._split] if frozen else self.pieces,
+            "architecture": self.architecture,
+            "args": self.model_args,
+            "mean": self.mean,
+            "std": self.std,
+        }
 
     def prefix(self, images: Tensor) -> Tensor:
         """Normalise and pass the frozen layers; what has passed them before is returned as it is.

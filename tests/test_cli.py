@@ -287,7 +287,7 @@ def refusal(run, capsys, *words: object) -> str:
         (["--ckpt_path=/nonexistent.ckpt"], "ckpt_path=/nonexistent.ckpt is not a file"),
         (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
         (["--data.resize=3"], "resize=3 is smaller than image_size=32"),
-        (["--model.adapt_stages=0"], "adapt_stages=0 leaves nothing to adapt"),
+        (["--model.adapt_stages=0"], "adapt_stages=0 is not allowed: choose a whole number, 1 or more"),
         (["--data.crop=centre"], r"expected one of \['center', 'squash'\]. Got value: centre"),
         (["--model=PANDAA"], "PANDAA. There are the detectors DN2, .*PANDA.* and the data sets .*CIFAR10"),
     ],

@@ -7,11 +7,12 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
-    {"types", "runtime.processes"},
+    {"types", "runtime.processes", "runtime.derived", "runtime.whole"},
+    {"arguments"},
     {
         "formulas.losses", "formulas.metrics", "formulas.pixel_metrics", "networks.augment", "networks.folding",
-        "networks.scratch", "runtime.checkpoints", "runtime.derived", "runtime.features",
-        "runtime.fingerprint", "runtime.loggers", "runtime.prefix_file", "search.knn",
+        "networks.scratch", "runtime.checkpoints", "runtime.features",
+        "runtime.fingerprint", "runtime.loggers", "search.knn",
     },
     {"networks.loading", "runtime.agreement", "search.coreset", "search.sharded"},
     {"networks.backbones"},

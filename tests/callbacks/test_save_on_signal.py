@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from panda_lightning import PANDA, PANDAOE, ImageFolder, PandaError, SaveOnSignal
+from panda_lightning import PANDA, PANDAOE, ImageFolder, SaveOnSignal
 from tests.conftest import make_folder
 
 
@@ -139,8 +139,3 @@ def test_with_several_threads_a_resume_agrees_to_rounding(tmp_path, folder):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             scale = float(value.abs().max())
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5 * scale, msg=name)
-
-
-def test_no_number_of_steps_is_refused():
-    with pytest.raises(PandaError, match="every_n_steps=0 is no number of steps: choose 1 or more, or null"):
-        SaveOnSignal(every_n_steps=0)

@@ -1,15 +1,17 @@
 import hashlib
 import http.server
 import io
+import multiprocessing
 import os
 import stat
 import tarfile
 import threading
+import time
 import zipfile
 
 import pytest
 
-from panda_lightning import PandaError
+from panda_lightning import Digits, PandaError
 from panda_lightning.datamodules.download import fetch, unpack
 
 CONTENT = os.urandom(3_000_000)
@@ -105,8 +107,60 @@ def make_tar(path, name, kind=tarfile.REGTYPE):
 def test_archives_are_unpacked(tmp_path, make):
     unpack(make(tmp_path / "x.archive", "fine/b/c.txt"), tmp_path)
     assert sorted(p.name for p in (tmp_path / "fine").rglob("*.txt")) == ["a.txt", "c.txt"]
-    with pytest.raises(PandaError, match="fine is there already"):
+    unpack(tmp_path / "x.archive", tmp_path)  # the same again: a killed run may have got so far
+    (tmp_path / "fine" / "a.txt").write_text("other")
+    with pytest.raises(PandaError, match="fine is there already, and is not what .*x.archive holds"):
         unpack(tmp_path / "x.archive", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"x.archive", "fine"}
+
+
+def unpack_after(archive, folder, seconds):
+    time.sleep(seconds)
+    unpack(archive, folder)
+
+
+def test_processes_that_unpack_at_the_same_time_leave_all_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as bundle:
+        for i in range(3000):
+            bundle.writestr(f"pets/{i}.jpg", b"x" * 100)
+        bundle.writestr("readme", "r")
+    start = time.perf_counter()
+    unpack(tmp_path / "x.zip", tmp_path / "alone")
+    alone = time.perf_counter() - start
+    context = multiprocessing.get_context("fork")
+    delays = [share * alone for share in (0, 0.3, 0.6, 0.9, 1.0, 1.1)]
+    workers = [context.Process(target=unpack_after, args=(tmp_path / "x.zip", tmp_path / "in", d)) for d in delays]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * len(workers)
+    assert {p.name for p in (tmp_path / "in").iterdir()} == {"pets", "readme"}
+    assert len(list((tmp_path / "in" / "pets").iterdir())) == 3000
+
+
+class Made(Digits):
+    """Digits that are there once a file says so; who makes it, and how often, is counted."""
+
+    def present(self):
+        return (self.root / "made").is_file()
+
+    def obtain(self):
+        with (self.root / "count").open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        (self.root / "made").write_text("")
+
+
+def test_jobs_that_start_together_obtain_the_files_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=Made(root=str(tmp_path)).prepare_data) for _ in range(5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 5
+    assert (tmp_path / "count").read_text() == "x"
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])

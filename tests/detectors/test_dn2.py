@@ -82,8 +82,6 @@ def test_images_below_the_stride_are_refused(tmp_path, folder):
 def test_k_beyond_the_bank_is_refused(tmp_path, folder):
     with pytest.raises(PandaError, match="k=12 .* choose 1 to 11"):
         trainer(tmp_path).test(DN2("panda_tiny", k=12), data(folder))
-    with pytest.raises(PandaError, match="k=0 is not a number of neighbours"):
-        DN2(k=0)
 
 
 def test_predict_gives_index_and_score(tmp_path, folder):

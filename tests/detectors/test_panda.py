@@ -286,15 +286,6 @@ def test_collapsed_features_are_said(tmp_path, folder):
         trainer(tmp_path, 1).fit(detector, data(folder))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"adapt_stages": 0}, "leaves nothing to adapt"), ({"ewc_weight": -1.0}, "choose 0 or more")],
-)
-def test_settings_that_cannot_be_meant_are_refused(options, words):
-    with pytest.raises(PandaError, match=words):
-        PANDA(**options)
-
-
 def test_the_trainers_own_clipping_is_refused(tmp_path, folder):
     with pytest.raises(PandaError, match="model.grad_clip"):
         trainer(tmp_path, gradient_clip_val=1.0).fit(PANDA("panda_tiny", ewc_weight=0), data(folder))

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch
 
 
@@ -136,7 +137,8 @@ def draw(path: Path, panels: list[Panel], value_range: tuple[float, float], thre
             for n, shown in enumerate((panel.image, coloured(panel.map, value_range), outlined)):
                 cell = Image.fromarray(shown).resize((side, side))
                 picture.paste(cell, (gap + i * wide + n * (side + gap), top + j * high + 2 * line))
-    picture.save(path)
+    with new_file(path) as new:
+        picture.save(new, format="png")
 
 
 def coloured(

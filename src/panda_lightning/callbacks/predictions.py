@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
 from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch
 
 
@@ -56,8 +57,7 @@ class Predictions(pl.Callback):
             return
         dataset: Any = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
         names = pl_module.data.names(dataset.images)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "predictions.csv").open("w", newline="") as file:
+        with new_file(self._folder / "predictions.csv") as part, part.open("w", newline="") as file:
             lines = csv.writer(file)
             lines.writerow(("file", *self._kinds))
             lines.writerows(zip((names[i] for i in index.tolist()), *(s.tolist() for s in scores), strict=True))

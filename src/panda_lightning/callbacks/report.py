@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning.formulas.metrics import auroc
+from panda_lightning.runtime.whole import new_file
 
 Row = dict[str, float]
 
@@ -134,7 +135,6 @@ class Report(pl.Callback):
         else:
             line = f"{name} {auroc(scores, labels):.4f} of {len(scores)} images by {pl_module.method}"
         console.print(line, soft_wrap=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
         draw(self._folder / "report.png", scores, labels, self.rows, name)
         console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -205,4 +205,5 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         )
         axes[2].set_ylim(top=min(axes[2].get_ylim()[1], 1.0005))  # there is nothing above 1
         axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with new_file(path) as new:
+        figure.savefig(new, dpi=110, format="png")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 from typing_extensions import override
 
+from panda_lightning.arguments import Checked
 from panda_lightning.formulas.metrics import auroc
 from panda_lightning.runtime.checkpoints import checkpoint_folder
 from panda_lightning.runtime.features import gather
@@ -17,7 +18,7 @@ from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError
 
 
-class SampleWiseEarlyStopping(pl.Callback):
+class SampleWiseEarlyStopping(Checked, pl.Callback):
     r"""Keeps each test image's largest score over the validations of ``fit``, in units of the normal images' score.
 
     .. math:: s(x) = \max_t \frac{s_t(x)}{\frac1N \sum_n s_t(x_n)}

@@ -9,11 +9,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from panda_lightning.arguments import Checked, Count
 from panda_lightning.runtime.checkpoints import checkpoint_folder
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
-class SaveOnSignal(pl.Callback):
+class SaveOnSignal(Checked, pl.Callback):
     """Ends a run that gets SIGUSR1 or SIGTERM after the training step of the moment, with a checkpoint.
 
     It is written beside the other checkpoints as ``last.ckpt``, the exit status is 75 ("try again later"), and
@@ -26,9 +27,7 @@ class SaveOnSignal(pl.Callback):
             word; None does not. The last step of an epoch is left to the epoch's own checkpoint.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise PandaError(f"every_n_steps={every_n_steps} is no number of steps: choose 1 or more, or null.")
+    def __init__(self, every_n_steps: Count | None = None) -> None:
         self.every_n_steps = every_n_steps
         self._told = False
 

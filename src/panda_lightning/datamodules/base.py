@@ -15,10 +15,12 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Checked, Count, Number, Seed
 from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import outliers_apart
+from panda_lightning.runtime.whole import alone, new_file
 from panda_lightning.types import Batch, PandaError
 
 __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
@@ -27,11 +29,11 @@ Split = Literal["train", "test"]
 T = TypeVar("T")
 
 
-class AnomalyDataModule(pl.LightningDataModule, ABC):
+class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     """A labelled data set as an anomaly-detection problem: normal images to train on, all test images to score.
 
-    A data set is a subclass with ``classes`` and ``read``, and ``prepare_data`` where files can be fetched. Validation
-    and test use the same labelled test images, as is the field's habit; nothing is chosen by their labels.
+    A data set is a subclass with ``classes`` and ``read``, and ``present`` and ``obtain`` where files can be fetched.
+    Validation and test use the same labelled test images, as is the field's habit; nothing is chosen by their labels.
 
     Arguments are attributes and may be changed between runs: what was listed and decoded under others is made anew.
     What is left open (None) of protocol and view is, in a run, what the detector was trained with.
@@ -70,18 +72,18 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
         root: str = "data",
         normal_class: int | str | None = None,
         protocol: Literal["one_vs_rest", "leave_one_out"] | None = None,
-        image_size: int | None = None,
+        image_size: Count | None = None,
         crop: Literal["center", "squash"] | None = None,
-        resize: int | None = None,
+        resize: Count | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int = 128,
-        train_limit: int | None = None,
-        test_limit: int | None = None,
-        memory_gb: float = 4.0,
-        num_workers: int | None = None,
+        batch_size: Count = 32,
+        eval_batch_size: Count = 128,
+        train_limit: Count | None = None,
+        test_limit: Count | None = None,
+        memory_gb: Amount = 4.0,
+        num_workers: Number | None = None,
         on_error: Literal["raise", "skip"] = "raise",
-        seed: int = 0,
+        seed: Seed = 0,
         outliers: str | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +121,20 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     @abstractmethod
     def read(self, split: Split) -> Images:
         """List the split's images in a fixed order, and set ``classes`` where the files say them."""
+
+    def present(self) -> bool:
+        """Whether the files are there, so that nothing need be fetched or made."""
+        return True
+
+    def obtain(self) -> None:
+        """Fetch the files, or make what is made of them once; one process at a time does, where they are missing."""
+
+    @override
+    def prepare_data(self) -> None:
+        if not self.present():
+            with alone(self.root):  # jobs that start together all find nothing
+                if not self.present():
+                    self.obtain()
 
     # ---- runs ----------------------------------------------------------------------------------------------------
 
@@ -295,9 +311,9 @@ class AnomalyDataModule(pl.LightningDataModule, ABC):
     def teardown(self, stage: str) -> None:
         folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
         if self.trainer and folder and self.trainer.is_global_zero:
-            Path(folder).mkdir(parents=True, exist_ok=True)
             splits: tuple[Split, Split] = ("test", "train")
-            (Path(folder) / "manifest.csv").write_text(self.manifest([s for s in splits if s in self._listed]))
+            with new_file(Path(folder) / "manifest.csv") as part:
+                part.write_text(self.manifest([s for s in splits if s in self._listed]))
         self._shown = {}
 
     # ---- loaders -------------------------------------------------------------------------------------------------

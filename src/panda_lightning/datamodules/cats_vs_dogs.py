@@ -29,9 +29,12 @@ class CatsVsDogs(AnomalyDataModule):
     own_split = True
 
     @override
-    def prepare_data(self) -> None:
-        if not self._files():
-            unpack(fetch(self.URL, self.root, self.CHECKSUM), self.root)
+    def present(self) -> bool:
+        return bool(self._files())
+
+    @override
+    def obtain(self) -> None:
+        unpack(fetch(self.URL, self.root, self.CHECKSUM), self.root)
 
     @override
     def read(self, split: Split) -> Images:

@@ -39,9 +39,12 @@ class CIFAR10(AnomalyDataModule):
     )
 
     @override
-    def prepare_data(self) -> None:
-        if not (self.root / self.folder).is_dir():
-            unpack(fetch(self.url, self.root, self.checksum), self.root)
+    def present(self) -> bool:
+        return (self.root / self.folder).is_dir()
+
+    @override
+    def obtain(self) -> None:
+        unpack(fetch(self.url, self.root, self.checksum), self.root)
 
     @override
     def read(self, split: Split) -> Images:

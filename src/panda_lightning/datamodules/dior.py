@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -17,9 +16,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from rich.progress import track
 from typing_extensions import override
 
+from panda_lightning.arguments import Count, Number
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.images import read_rgb
 from panda_lightning.datamodules.layout import find_folder
+from panda_lightning.runtime.whole import new_folder
 from panda_lightning.types import PandaError
 
 
@@ -66,7 +67,7 @@ class DIOR(AnomalyDataModule):
     own_split = True
 
     def __init__(
-        self, min_side: int = 120, min_count: int = 50, side_rule: Literal["both", "any"] = "both", **kwargs: Any
+        self, min_side: Count = 120, min_count: Number = 50, side_rule: Literal["both", "any"] = "both", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.min_side = min_side
@@ -79,17 +80,19 @@ class DIOR(AnomalyDataModule):
         return self.root / f"dior-crops-{self.min_side}-{self.side_rule}"
 
     @override
-    def prepare_data(self) -> None:
-        if self.cache.is_dir():
-            return
+    def present(self) -> bool:
+        return self.cache.is_dir()
+
+    @override
+    def obtain(self) -> None:
         boxes = self._find("Annotations/Horizontal Bounding Boxes")
         images: dict[Split, Path] = {
             "train": self._find("JPEGImages-trainval"),
             "test": self._find("JPEGImages-test"),
         }
         names = self._names()
-        with TemporaryDirectory(prefix=".dior-crops-", dir=self.root) as made:
-            crops = Path(made) / "crops"
+        with new_folder(self.root) as part:
+            crops = part / "crops"
             crops.mkdir()
             fates: Counter[tuple[str, str]] = Counter()
             problems: dict[Split, list[str]] = {"train": [], "test": []}

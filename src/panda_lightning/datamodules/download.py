@@ -1,7 +1,6 @@
 """Fetch an archive once, check it, and unpack it without leaving its folder."""
 
 import hashlib
-import shutil
 import stat
 import tarfile
 import urllib.request
@@ -11,6 +10,7 @@ from urllib.error import HTTPError, URLError
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from panda_lightning.runtime.whole import new_folder
 from panda_lightning.types import PandaError
 
 
@@ -77,11 +77,35 @@ def _digest(path: Path, kind: str) -> str:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar or zip archive; all of it or, if a member would leave the folder, nothing.
 
+    What is there already must be the same: another process has been quicker, or an earlier one was killed at the end.
+
     Raises:
         PandaError: Naming the member that is absolute, climbs out with ``..``, or is a link or a device.
     """
-    part = folder / f".{archive.name}.unpacking"
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    with new_folder(folder) as part:
+        _extract(archive, part)
+        for entry in part.iterdir():
+            target = folder / entry.name
+            if not target.exists():
+                try:
+                    entry.rename(target)
+                    continue
+                except OSError:
+                    if not target.exists():  # else another process was quicker
+                        raise
+            if _sizes(entry) != _sizes(target):
+                raise PandaError(
+                    f"{target} is there already, and is not what {archive} holds: remove one of them, and run again."
+                )
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of a file, or of each file of a folder."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {p.relative_to(path).as_posix(): p.stat().st_size for p in files}
+
+
+def _extract(archive: Path, part: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as bundle:
@@ -98,12 +122,6 @@ def unpack(archive: Path, folder: Path) -> None:
         raise PandaError(
             f"{archive} cannot be unpacked ({error}): remove it, and run again to fetch it anew."
         ) from error
-    for entry in part.iterdir():
-        target = folder / entry.name
-        if target.exists():
-            raise PandaError(f"{target} is there already, so {archive} is not unpacked over it: remove one of them.")
-        entry.rename(target)
-    part.rmdir()
 
 
 def _refuse(archive: Path, name: str, special: bool) -> None:

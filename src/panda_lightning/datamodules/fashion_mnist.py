@@ -1,6 +1,7 @@
 """Fashion-MNIST from the official idx files."""
 
 import gzip
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
 
@@ -25,22 +27,26 @@ class FashionMNIST(AnomalyDataModule):
     )  # fmt: skip
     stem: ClassVar[dict[Split, str]] = {"train": "train", "test": "t10k"}
 
+    @property
+    def _raw(self) -> Path:
+        return self.root / "FashionMNIST" / "raw"
+
     @override
-    def prepare_data(self) -> None:
-        folder = self.root / "FashionMNIST" / "raw"
+    def present(self) -> bool:
+        return all((self._raw / name.removesuffix(".gz")).is_file() for name, _ in Official.resources)
+
+    @override
+    def obtain(self) -> None:
         for name, md5 in Official.resources:  # the addresses and checksums that torchvision keeps up to date
-            plain = folder / name.removesuffix(".gz")
+            plain = self._raw / name.removesuffix(".gz")
             if not plain.is_file():
-                packed = fetch(Official.mirrors[0] + name, folder, f"md5:{md5}")
-                part = plain.with_suffix(".part")
-                with gzip.open(packed) as source:
+                packed = fetch(Official.mirrors[0] + name, self._raw, f"md5:{md5}")
+                with gzip.open(packed) as source, new_file(plain) as part:
                     part.write_bytes(source.read())
-                part.replace(plain)
 
     @override
     def read(self, split: Split) -> Images:
-        folder = self.root / "FashionMNIST" / "raw"
-        paths = [folder / f"{self.stem[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        paths = [self._raw / f"{self.stem[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         for path in paths:
             if not path.is_file():
                 raise PandaError(

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
+from panda_lightning.arguments import Count, Seed
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.layout import find_folder
 from panda_lightning.types import PandaError
@@ -44,14 +45,12 @@ class HyperKvasir(AnomalyDataModule):
     def __init__(
         self,
         normal_class: int | str = "normal",
-        test_normals: int = 500,
-        split_seed: int = 0,
+        test_normals: Count = 500,
+        split_seed: Seed = 0,
         crop_margins: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(normal_class=normal_class, **kwargs)
-        if test_normals < 1:
-            raise PandaError(f"test_normals={test_normals}: AUROC needs normal test images, so choose 1 or more.")
         self.test_normals = test_normals
         self.split_seed = split_seed
         self.crop_margins = crop_margins

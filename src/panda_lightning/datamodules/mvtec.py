@@ -50,9 +50,11 @@ class MVTecAD(AnomalyDataModule):
         return {"category": self.category, **super().problem}
 
     @override
-    def prepare_data(self) -> None:
-        if self._folder() is not None:
-            return
+    def present(self) -> bool:
+        return self._folder() is not None
+
+    @override
+    def obtain(self) -> None:
         if self.category not in CATEGORIES:
             raise PandaError(
                 f"category={self.category} is neither a folder in {self.root} nor one of MVTec AD: "

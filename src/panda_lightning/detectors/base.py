@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from panda_lightning.arguments import Checked
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.formulas import metrics
@@ -25,7 +26,7 @@ from panda_lightning.runtime.loggers import AutoWandbLogger
 from panda_lightning.types import Batch, PandaError, Scores
 
 
-class Detector(pl.LightningModule, ABC):
+class Detector(Checked, pl.LightningModule, ABC):
     """Scores images by how anomalous they are.
 
     A method overrides ``anomaly_score``; if it learns, ``training_step``, ``configure_optimizers`` and

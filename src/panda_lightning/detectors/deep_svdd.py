@@ -9,6 +9,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Number, OpenShare
 from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.steps import real_images, seeded
 from panda_lightning.formulas import losses
@@ -16,7 +17,7 @@ from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import deep_svdd_networks
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, gather, on_device
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
 class DeepSVDD(Detector):
@@ -61,18 +62,16 @@ class DeepSVDD(Detector):
         self,
         network: Literal["auto", "mnist", "fashion_mnist", "cifar10", "64px"] = "auto",
         boundary: Literal["hard", "soft"] = "hard",
-        nu: float = 0.1,
-        warm_up: int = 10,
-        pretrain_epochs: int = 350,
-        pretrain_milestone: int = 250,
-        milestone: int = 50,
-        lr: float = 1e-4,
-        weight_decay: float = 5e-7,
+        nu: OpenShare = 0.1,
+        warm_up: Number = 10,
+        pretrain_epochs: Number = 350,
+        pretrain_milestone: Number = 250,
+        milestone: Number = 50,
+        lr: Amount = 1e-4,
+        weight_decay: Amount = 5e-7,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if not 0 < nu < 1:
-            raise PandaError(f"nu={nu} is not a share of images: choose a value between 0 and 1 (0.1 in the paper).")
         self.network = network
         self.boundary = boundary
         self.nu = nu

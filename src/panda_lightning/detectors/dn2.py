@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from panda_lightning.arguments import Count
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.derived import Derived
@@ -55,18 +56,16 @@ class DN2(PretrainedDetector):
         self,
         backbone: str = "resnet152.tv_in1k",
         weights: str | None = None,
-        k: int = 2,
+        k: Count = 2,
         normalize: bool = False,
-        centroids: int | None = None,
+        centroids: Count | None = None,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
-        index_memory_mb: int = 512,
+        index_memory_mb: Count = 512,
         shard_bank: bool = False,
     ) -> None:
         super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
-        if k < 1:
-            raise PandaError(f"k={k} is not a number of neighbours: choose 1 or more (2 in the paper).")
         self.k = k
         self.normalize = normalize
         if centroids is not None and centroids < k:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.panda import PANDA
 from panda_lightning.detectors.steps import draws, of_all
 from panda_lightning.formulas import losses
@@ -52,21 +53,21 @@ class MSC(PANDA):
         self,
         backbone: str = "resnet152.tv_in1k",
         weights: str | None = None,
-        adapt_stages: int = 2,
-        k: int = 2,
-        centroids: int | None = None,
-        temperature: float = 0.25,
+        adapt_stages: Count = 2,
+        k: Count = 2,
+        centroids: Count | None = None,
+        temperature: Positive = 0.25,
         angular: bool = False,
-        lr: float = 1e-5,
-        momentum: float = 0.0,
-        weight_decay: float = 5e-5,
-        grad_clip: float | None = None,
-        prefix_cache_gb: float = 4.0,
+        lr: Amount = 1e-5,
+        momentum: Fraction = 0.0,
+        weight_decay: Amount = 5e-5,
+        grad_clip: Positive | None = None,
+        prefix_cache_gb: Amount = 4.0,
         prefix_cache_half: bool = False,
         prefix_cache_dir: str | None = None,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
-        index_memory_mb: int = 512,
+        index_memory_mb: Count = 512,
         shard_bank: bool = False,
     ) -> None:
         super().__init__(

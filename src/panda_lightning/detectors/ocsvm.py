@@ -9,13 +9,14 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from panda_lightning.arguments import Positive, Share
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas import metrics
 from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 Array = npt.NDArray[np.float64]
 
@@ -59,17 +60,13 @@ class OCSVM(PretrainedDetector):
         backbone: str = "resnet152.tv_in1k",
         weights: str | None = None,
         inputs: Literal["pixels_pca", "pixels", "backbone"] = "pixels_pca",
-        nu: float = 0.1,
-        gamma: float | Literal["scale"] = "scale",
+        nu: Share = 0.1,
+        gamma: Positive | Literal["scale"] = "scale",
         select: Literal["none", "tenth", "test"] = "none",
         optimize: Optimize = "folded",
     ) -> None:
         super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
-        if not 0 < nu <= 1:
-            raise PandaError(f"nu={nu} is not a share of images: choose a value above 0, up to 1.")
-        if not isinstance(gamma, str) and gamma <= 0:
-            raise PandaError(f"gamma={gamma} gives no kernel: choose a value above 0, or scale.")
         self.inputs = inputs
         self.nu = nu
         self.gamma = gamma

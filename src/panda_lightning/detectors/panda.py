@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.knn import Backend
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
 class PANDA(DN2):
@@ -68,23 +69,23 @@ class PANDA(DN2):
         self,
         backbone: str = "resnet152.tv_in1k",
         weights: str | None = None,
-        adapt_stages: int = 2,
-        k: int = 2,
+        adapt_stages: Count = 2,
+        k: Count = 2,
         normalize: bool = False,
-        centroids: int | None = None,
+        centroids: Count | None = None,
         normalize_loss: bool = False,
-        ewc_weight: float = 1e4,
+        ewc_weight: Amount = 1e4,
         fisher: str = "auto",
-        lr: float = 1e-2,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-5,
-        grad_clip: float | None = 1e-3,
-        prefix_cache_gb: float = 4.0,
+        lr: Amount = 1e-2,
+        momentum: Fraction = 0.9,
+        weight_decay: Amount = 5e-5,
+        grad_clip: Positive | None = 1e-3,
+        prefix_cache_gb: Amount = 4.0,
         prefix_cache_half: bool = False,
         prefix_cache_dir: str | None = None,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
-        index_memory_mb: int = 512,
+        index_memory_mb: Count = 512,
         shard_bank: bool = False,
     ) -> None:
         super().__init__(
@@ -93,8 +94,6 @@ class PANDA(DN2):
         self.adapt(
             adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
         )
-        if ewc_weight < 0:
-            raise PandaError(f"ewc_weight={ewc_weight} would push weights away from their start: choose 0 or more.")
         self.normalize_loss = normalize_loss
         self.ewc_weight = ewc_weight
         self.fisher_source = fisher

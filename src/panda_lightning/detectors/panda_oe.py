@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.detectors.steps import seeded
 from panda_lightning.networks.backbones import Optimize
@@ -42,12 +43,12 @@ class PANDAOE(PretrainedDetector):
         self,
         backbone: str = "resnet152.tv_in1k",
         weights: str | None = None,
-        adapt_stages: int = 2,
-        lr: float = 1e-1,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        grad_clip: float | None = 1e-3,
-        prefix_cache_gb: float = 4.0,
+        adapt_stages: Count = 2,
+        lr: Amount = 1e-1,
+        momentum: Fraction = 0.9,
+        weight_decay: Amount = 0.0,
+        grad_clip: Positive | None = 1e-3,
+        prefix_cache_gb: Amount = 4.0,
         prefix_cache_half: bool = False,
         prefix_cache_dir: str | None = None,
         optimize: Optimize = "folded",

@@ -5,12 +5,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.detectors.segmentation import SegmentationDetector, resized
+from panda_lightning.arguments import Amount, Count, Seed, Share
+from panda_lightning.detectors.segmentation import Level, SegmentationDetector, resized
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.coreset import greedy_coreset
 from panda_lightning.search.knn import Backend
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
 class PatchCore(SegmentationDetector):
@@ -45,23 +46,19 @@ class PatchCore(SegmentationDetector):
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
         weights: str | None = None,
-        coreset: float = 0.1,
-        neighbours: int = 9,
-        seed: int = 0,
-        levels: tuple[int, ...] = (2, 3),
-        sigma: float = 4.0,
-        tile: int | None = None,
+        coreset: Share = 0.1,
+        neighbours: Count = 9,
+        seed: Seed = 0,
+        levels: tuple[Level, ...] = (2, 3),
+        sigma: Amount = 4.0,
+        tile: Count | None = None,
         half_bank: bool = False,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
-        index_memory_mb: int = 512,
+        index_memory_mb: Count = 512,
     ) -> None:
         super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
         self.save_hyperparameters()
-        if not 0 < coreset <= 1:
-            raise PandaError(f"coreset={coreset} is not a share of patches: choose a value above 0, up to 1.")
-        if neighbours < 1:
-            raise PandaError(f"neighbours={neighbours} are too few: choose 1 or more (9 in the paper's code).")
         self.coreset = coreset
         self.neighbours = neighbours
         self.seed = seed
@@ -80,11 +77,12 @@ class PatchCore(SegmentationDetector):
         patches = self.normal_rows().flatten(0, 1)
         size = max(1, round(self.coreset * len(patches)))
         if size < len(patches):
-            rows = None
+            chosen: list[Tensor] = []
             if self.trainer.is_global_zero:
-                chosen = greedy_coreset(patches, size, self.seed)
-                rows = torch.cat(list(on_device(self.trainer, chosen, f"Coreset of {size} patches", min(size, 100))))
-            patches = patches[self.trainer.strategy.broadcast(rows)]
+                picks = greedy_coreset(patches, size, self.seed)
+                picks = on_device(self.trainer, picks, f"Coreset of {size} patches", min(size, 100))
+                chosen = [rows.cpu() for rows in picks]  # a tensor in an object would come out on process 0's GPU
+            patches = patches[torch.cat(self.trainer.strategy.broadcast(chosen)).to(patches.device)]
         return patches
 
     @override

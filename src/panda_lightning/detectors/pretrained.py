@@ -45,8 +45,6 @@ class PretrainedDetector(Detector):
         prefix_cache_dir: str | None,
     ) -> None:
         """Say what is adapted and how; a method that learns calls it in its constructor."""
-        if stages < 1:
-            raise PandaError("adapt_stages=0 leaves nothing to adapt: choose 1 or more, or use DN2.")
         self.adapt_stages = stages
         self.lr, self.momentum, self.weight_decay, self.grad_clip = lr, momentum, weight_decay, grad_clip
         self.prefix_cache_gb = prefix_cache_gb

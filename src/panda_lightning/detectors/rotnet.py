@@ -9,6 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Count, Fraction, OpenShare
 from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.steps import draws, real_images, seeded
 from panda_lightning.networks import augment
@@ -39,12 +40,12 @@ class MultiHeadRotNet(Detector):
 
     def __init__(
         self,
-        depth: int = 16,
-        width: int = 4,
-        dropout: float = 0.3,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        depth: Count = 16,
+        width: Count = 4,
+        dropout: Fraction = 0.3,
+        lr: Amount = 0.1,
+        momentum: OpenShare = 0.9,
+        weight_decay: Amount = 5e-4,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

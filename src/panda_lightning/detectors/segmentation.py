@@ -1,7 +1,7 @@
 """What detectors share that say where an image is anomalous: pyramids of features, maps, and their metrics."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 from typing_extensions import override
 
+from panda_lightning.arguments import Bounds
 from panda_lightning.callbacks import AnomalyMaps
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
@@ -20,6 +21,8 @@ from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.processes import of_each, world_size
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.types import Batch, PandaError
+
+Level = Annotated[int, Bounds(1, 4)]
 
 
 class SegmentationDetector(PretrainedDetector):
@@ -66,8 +69,6 @@ class SegmentationDetector(PretrainedDetector):
         super().__init__(backbone, weights, optimize)
         self.index = KNNIndex(index_backend, index_memory_mb)
         self.levels = levels
-        if sigma < 0:
-            raise PandaError(f"sigma={sigma} smooths nothing: choose 0 or more pixels (4 in the papers).")
         self.sigma = sigma
         self.tile = tile
         self.half_bank = half_bank

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.detectors.segmentation import SegmentationDetector, resized
+from panda_lightning.arguments import Amount, Count
+from panda_lightning.detectors.segmentation import Level, SegmentationDetector, resized
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.types import Batch, PandaError
@@ -41,19 +42,17 @@ class SPADE(SegmentationDetector):
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
         weights: str | None = None,
-        k: int = 50,
-        levels: tuple[int, ...] = (1, 2, 3),
-        sigma: float = 4.0,
-        tile: int | None = None,
+        k: Count = 50,
+        levels: tuple[Level, ...] = (1, 2, 3),
+        sigma: Amount = 4.0,
+        tile: Count | None = None,
         half_bank: bool = False,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
-        index_memory_mb: int = 512,
+        index_memory_mb: Count = 512,
     ) -> None:
         super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
         self.save_hyperparameters()
-        if k < 1:
-            raise PandaError(f"k={k} is not a number of images: choose 1 or more (50 in the paper).")
         self.k = k
 
     @override

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
 
 Diagonal = dict[str, Tensor]  # by plain timm names of the adapted parameters
@@ -279,16 +280,14 @@ def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = 
         metadata: What it says of itself.
         half: Write float16, divided by a power of two that the header names, so that small values are not lost.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
     tensors = {name: t.cpu().contiguous() for name, t in diagonal.items()}
     if half:
         largest = max(float(t.max()) for t in tensors.values())
         scale = 2.0 ** math.ceil(math.log2(largest / 2**15)) if largest > 0 else 1.0
         tensors = {name: (t / scale).half() for name, t in tensors.items()}
         metadata = {**metadata, "scale": repr(scale)}
-    save_file(tensors, part, metadata=metadata)
-    part.replace(path)
+    with new_file(path) as part:
+        save_file(tensors, part, metadata=metadata)
 
 
 def cache_path(backbone: Backbone, dataset: Any, precision: str) -> Path:

@@ -1,5 +1,6 @@
 """Every image passes the frozen layers once: what comes out is kept in memory or in a file."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.features import gather, on_device
 from panda_lightning.runtime.fingerprint import fingerprint
-from panda_lightning.runtime.prefix_file import mapped_file, new_file
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch
 
 RULE = 2  # of what is in a file; another number where the same network would give other values
@@ -70,11 +71,11 @@ def cache_prefix(
         if not strategy.reduce_boolean_decision(path.is_file() and path.stat().st_size == needed):
             if trainer.local_rank == 0:  # the other processes of this machine map the same file
                 with new_file(path, needed) as part:
-                    _fill(trainer, backbone, loader, mapped_file(part, shape, dtype, writable=True))
+                    _fill(trainer, backbone, loader, _mapped(part, shape, dtype, writable=True))
             else:
                 _fill(trainer, backbone, loader, None)
             strategy.barrier()
-        hidden = mapped_file(path, shape, dtype).to(place)
+        hidden = _mapped(path, shape, dtype).to(place)
     rank_zero_info(f"{what} is kept: {needed / 2**20:.0f} MiB {f'in {path}' if path else f'on {place}'}.")
     dataset.hidden = hidden
     return 0 if path else needed
@@ -92,3 +93,8 @@ def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hi
             index, values = gather(parts)
             if hidden is not None:
                 hidden[index.to(hidden.device)] = values.to(hidden)
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool = False) -> Tensor:
+    """A file as a tensor that is read, or written, as it is used."""
+    return torch.from_file(str(path), shared=writable, size=math.prod(shape), dtype=dtype).view(shape)

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,15 +17,17 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from panda_lightning.arguments import Amount, Bounds, Checked, Count, Fraction, OpenShare, Positive, Seed
 from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
 from panda_lightning.datamodules.layout import images_below
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.features import extract
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
 
 
-class LabelledFolder(pl.LightningDataModule):
+class LabelledFolder(Checked, pl.LightningDataModule):
     """Labelled images: ``root/train/<class>/...`` and ``root/val/<class>/...``, decoded once into memory.
 
     Tiny-ImageNet is read as it comes: ``val/images`` with ``val/val_annotations.txt``.
@@ -41,10 +43,10 @@ class LabelledFolder(pl.LightningDataModule):
     def __init__(
         self,
         root: str = "data/tiny-imagenet-200",
-        image_size: int = 64,
-        batch_size: int = 256,
-        train_limit: int | None = None,
-        seed: int = 0,
+        image_size: Count = 64,
+        batch_size: Count = 256,
+        train_limit: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -113,7 +115,7 @@ class LabelledFolder(pl.LightningDataModule):
         return self._loader("val", train=False)
 
 
-class Pretraining(pl.LightningModule):
+class Pretraining(Checked, pl.LightningModule):
     r"""A timm network learns classes, and the features of a larger pretrained network if one is given.
 
     .. math:: L = CE(y, f(x)) + \alpha \, \lVert W f'(x) - t(x_0) \rVert^2 / D
@@ -140,14 +142,14 @@ class Pretraining(pl.LightningModule):
         architecture: str = "resnet10t",
         model_args: dict[str, Any] | None = None,
         teacher: str | None = None,
-        teacher_size: int = 128,
-        alpha: float = 1.0,
-        lr: float = 0.4,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-5,
-        label_smoothing: float = 0.1,
-        zoom: float = 1.4,
-        jitter: float = 0.2,
+        teacher_size: Count = 128,
+        alpha: Amount = 1.0,
+        lr: Positive = 0.4,
+        momentum: OpenShare = 0.9,
+        weight_decay: Amount = 5e-5,
+        label_smoothing: Annotated[float, Bounds(0, 1)] = 0.1,
+        zoom: Annotated[float, Bounds(1)] = 1.4,
+        jitter: Fraction = 0.2,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -276,8 +278,9 @@ class Pretraining(pl.LightningModule):
             "model_args": self.model_args,
             "training": {**made, "epochs": self.trainer.current_epoch, "val_accuracy": accuracy},
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        with new_file(folder / "config.json") as part:
+            part.write_text(json.dumps(config, indent=1) + "\n")
         half = {k: t.half() if t.is_floating_point() else t for k, t in self.model.state_dict().items()}
-        save_file({k: t.contiguous().cpu() for k, t in half.items()}, folder / "model.safetensors")
+        with new_file(folder / "model.safetensors") as part:
+            save_file({k: t.contiguous().cpu() for k, t in half.items()}, part)
         rank_zero_info(f"Network saved: --model.backbone local-dir:{folder}")

@@ -12,6 +12,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
 FORMAT = 2  # of a detector's extra state; another number where what is kept there changes its meaning
@@ -30,13 +31,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(checkpoint, part)
-            part.replace(path)
+            with new_file(path) as part:
+                torch.save(checkpoint, part)
         except (OSError, RuntimeError) as error:  # torch's writer says so where a disk is full
-            part.unlink(missing_ok=True)
             kept = newest_whole(path.parent)
             advice = f"Make room and go on with --ckpt_path {kept}." if kept else "There is no earlier one."
             free = shutil.disk_usage(path.parent).free / 2**20

@@ -29,6 +29,7 @@ from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
 from panda_lightning.datamodules.images import Images, View, decode, relative
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
 HELP = "Look for what is wrong with a data set, count its images, and draw some of them."
@@ -148,8 +149,8 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
         rule = "the split follows a rule of ours" if data.own_split else "the split is the data set's own"
         lines = text.count("\n") - 1
         path = sheet.with_suffix(".manifest.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with new_file(path) as part:
+            part.write_text(text)
         console.print(f"Manifest: {escape(str(path))}, {lines} images, {rule}", highlight=False, soft_wrap=True)
         console.print(f"  sha256 {hashlib.sha256(text.encode()).hexdigest()}", highlight=False)
     if number is not None and _draw(sheet, data, surveys):
@@ -351,8 +352,8 @@ def _draw(path: Path, data: AnomalyDataModule, surveys: dict[Split, Survey]) -> 
     view = data.view
     how = f"crop {view.crop}" + (f", resize {view.resize}" if view.crop == "center" else "")
     figure.suptitle(f"{type(data).__name__} as training sees it: {view.size} px, {how}", fontsize=12, x=0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    with new_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     return True
 
 

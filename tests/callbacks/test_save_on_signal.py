@@ -36,16 +36,17 @@ def killed():
     raise KilledError
 
 
-def fit(tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, **options):
+def fit(tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, accumulate=1, **options):
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
-        default_root_dir=tmp_path, num_sanity_val_steps=0, callbacks=list(callbacks), enable_checkpointing=any(
+        default_root_dir=tmp_path, num_sanity_val_steps=0, accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks), enable_checkpointing=any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ),
     )  # fmt: skip
     data = ImageFolder(
-        root=str(folder), image_size=32, crop="squash", batch_size=2, normal_class="spot",
-        outliers=str(folder.parent / "others") if oe else None, **options,
+        root=str(folder), image_size=32, crop="squash", normal_class="spot",
+        outliers=str(folder.parent / "others") if oe else None, **{"batch_size": 2, **options},
     )  # fmt: skip
     pl.seed_everything(0, verbose=False)
     detector = PANDAOE("panda_tiny", grad_clip=1.0) if oe else PANDA("panda_tiny", grad_clip=1.0, lr=0.1)
@@ -93,7 +94,46 @@ def test_a_signal_and_a_resume_are_the_undisturbed_run(tmp_path, folder, outlier
     same(detector, resumed)
 
 
-@pytest.mark.parametrize("step", [1, 5, 13])  # 6 and 12 are left to the epochs' checkpoints
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "stopped"),
+    [(12, 1, 2), (12, 4, 2), (2, 4, 3), (2, 9, 2)],  # an epoch has 1, 1, 6, 6 batches and 1, 1, 2, 1 steps
+)
+@pytest.mark.usefixtures("one_thread")
+def test_a_signal_is_heeded_however_few_steps_an_epoch_has(tmp_path, folder, batch, accumulate, stopped):
+    options = {"batch_size": batch, "accumulate": accumulate}
+    whole, part, rest = Seen(), Seen(stopped, lambda: os.kill(os.getpid(), signal.SIGTERM)), Seen()
+    detector = fit(tmp_path, folder, whole, **options)
+    with pytest.raises(SystemExit) as status:
+        fit(tmp_path, folder, part, SaveOnSignal(), **options)
+    assert status.value.code == os.EX_TEMPFAIL
+    assert max(part.steps) == stopped
+    resumed = fit(tmp_path, folder, rest, SaveOnSignal(), ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
+    assert part.aurocs | rest.aurocs == whole.aurocs
+    same(detector, resumed)
+
+
+def test_a_run_that_sigterm_ends_does_not_look_done(tmp_path, folder):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as status:
+        fit(tmp_path, folder, Seen(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert status.value.code == 128 + signal.SIGTERM  # as of a process that the signal ended at once
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_work_before_the_first_batch_heeds_sigterm_too(tmp_path, folder):
+    class Kill(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    seen = Seen()
+    with pytest.raises(SystemExit) as status:
+        fit(tmp_path, folder, Kill(), seen)
+    assert status.value.code == 128 + signal.SIGTERM
+    assert not seen.steps
+    assert not seen.aurocs
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 13])  # 6 is an epoch's last, whose validation is still to come
 def test_a_death_and_a_resume_are_the_undisturbed_run(tmp_path, undisturbed, step):
     def save():
         return ModelCheckpoint(tmp_path / "checkpoints", filename="last", enable_version_counter=False)

@@ -1,10 +1,12 @@
-"""Stop a run whose numbers are no longer numbers, and say when scores no longer tell anything apart."""
+"""Stop a run whose numbers are no longer numbers, and say how it ended and when scores tell nothing apart."""
 
+import signal
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +15,8 @@ from panda_lightning.types import Batch, PandaError
 
 class Health(pl.Callback):
     """Ends training at a NaN or infinite loss, and warns of scores that are constant to five digits.
+
+    A run that SIGTERM ends has exit status 143, so that a script does not go on as if it were done.
 
     The loss is looked at after every step on a CPU; on a GPU, where that would wait for the device, a flag is kept
     there and read every 50 steps and before each validation, which comes before each checkpoint.
@@ -46,6 +50,11 @@ class Health(pl.Callback):
             f"the loss became NaN or infinite at batch {int(self._first_bad)} of epoch {trainer.current_epoch}: lower "
             f"lr or grad_clip, or use float32. {f'The last good checkpoint is {path}.' if path else 'None was saved.'}"
         )
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # without a status, as if the run were done
+            exception.code = 128 + signal.SIGTERM
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -24,7 +24,7 @@ class SaveOnSignal(Checked, pl.Callback):
 
     Args:
         every_n_steps: Write that checkpoint every so many optimiser steps too, for runs that are killed without a
-            word; None does not. The last step of an epoch is left to the epoch's own checkpoint.
+            word; None does not.
     """
 
     def __init__(self, every_n_steps: Count | None = None) -> None:
@@ -36,6 +36,7 @@ class SaveOnSignal(Checked, pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._step = trainer.global_step
         for number in (signal.SIGUSR1, signal.SIGTERM):  # in place of Lightning's, which puts back what was before
             signal.signal(number, self._hear)
 
@@ -43,8 +44,9 @@ class SaveOnSignal(Checked, pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch:
+        if trainer.global_step == self._step:  # gradients are being accumulated
             return
+        self._step = trainer.global_step
         told = trainer.strategy.reduce_boolean_decision(self._told, all=False)  # processes hear it at different times
         if told or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             path = checkpoint_folder(trainer) / "last.ckpt"

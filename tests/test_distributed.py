@@ -87,6 +87,19 @@ def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
 
 
 @pytest.mark.slow
+def test_a_process_may_be_without_normal_images(tmp_path):
+    make_folder(tmp_path / "images", train=2)
+    processes = start(tmp_path, tmp_path / "on3", 3, ["DN2, sharded"])
+    assert [process.wait(timeout=300) for process in processes] == [0] * 3
+    (tmp_path / "on1").mkdir()
+    ranks.run(tmp_path, 1, "DN2", tmp_path / "on1")
+    parts, one = (torch.load(tmp_path / path) for path in ("on3/DN2, sharded.pt", "on1/DN2.pt"))
+    assert (parts["part"], len(parts["bank"])) == (1, 2)
+    for key in ("bank", "score"):
+        torch.testing.assert_close(parts[key], one[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_processes_that_end_with_fit_leave_the_trained_detector(tmp_path):
     """Strategies ddp_spawn and ddp_fork, of which notebooks take one by default."""
     command = [sys.executable, "-m", "tests.spawned", str(ranks.images(tmp_path)), str(tmp_path)]

@@ -7,8 +7,8 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
-    {"types", "runtime.processes", "runtime.derived", "runtime.whole"},
-    {"arguments"},
+    {"types", "runtime.processes", "runtime.derived"},
+    {"arguments", "runtime.whole"},
     {
         "formulas.losses", "formulas.metrics", "formulas.pixel_metrics", "networks.augment", "networks.folding",
         "networks.scratch", "runtime.checkpoints", "runtime.features",

@@ -35,12 +35,13 @@ class Bounds:
         return bool(low and high)
 
     def __str__(self) -> str:
-        low = f"a number above {self.least:g}" if self.above else f"{self.least:g}"
+        least, most = (str(int(v)) if float(v).is_integer() else str(v) for v in (self.least, self.most))
+        low = f"a number above {least}" if self.above else least
         if self.most == math.inf:
             return low if self.above else f"{low} or more"
         if self.below:
-            return f"{low}{'' if self.above else ' or more'} and below {self.most:g}"
-        return f"{low}{',' if self.above else ''} {'up ' if self.above else ''}to {self.most:g}"
+            return f"{low}{'' if self.above else ' or more'} and below {most}"
+        return f"{low}{',' if self.above else ''} {'up ' if self.above else ''}to {most}"
 
 
 Count = Annotated[int, Bounds(1)]

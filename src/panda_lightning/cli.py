@@ -5,20 +5,25 @@ import logging
 import re
 import sys
 import warnings
+from importlib.metadata import version
 from inspect import isabstract
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from panda_lightning.arguments import Seed, require
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
-from panda_lightning.runtime.agreement import differences, made_with, newest_alike
+from panda_lightning.runtime.agreement import differences, made_with, newest_alike, same
 from panda_lightning.runtime.checkpoints import require_whole
 from panda_lightning.types import PandaError
+
+VERSION = f"{version('panda-lightning')} (panda-lightning)"
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -32,6 +37,25 @@ class OneSentenceParser(LightningArgumentParser):
         "Given value type",
         "Expected a path",
     )
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the type, whose bounds are checked by ``require_bounds``."""
+        action = super().add_argument(*args, **kwargs)
+        if "type" in kwargs:
+            vars(self).setdefault("declared", {})[action.dest] = kwargs["type"]
+        return action
+
+    def require_bounds(self, config: Any) -> None:
+        """Refuse values that the types of ``add_argument`` do not allow."""
+        for name, hint in vars(self).get("declared", {}).items():
+            require(f"--{name}", config[name], hint)
+
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"a configuration file is not text ({error})")
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -50,7 +74,7 @@ class OneSentenceParser(LightningArgumentParser):
             classes = (Detector, AnomalyDataModule)
             names = (sorted(c.__name__ for c in subclasses(base) if not isabstract(c)) for base in classes)
             sentence += ". There are the detectors {} and the data sets {}".format(*(", ".join(n) for n in names))
-        sys.stderr.write(f"error: {sentence}. `--help` and `--print_config` show what is accepted.\n")
+        sys.stderr.write(f"error: {sentence.rstrip('.')}. `--help` and `--print_config` show what is accepted.\n")
         self.exit(2)
 
 
@@ -60,8 +84,11 @@ class PandaCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        asked = parser.parse_args([str(word) for word in args] if isinstance(args, list) else None, defaults=False)
+        words = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
+        asked = parser.parse_args(words, defaults=False)
         self.asked = asked[self.config.subcommand]  # in files and by flags, without defaults
+        self._require_that_flags_count(parser, words)
+        require("seed_everything", self.asked.get("seed_everything", True), bool | Seed)
         path = self._ckpt_path
         if path == "last":
             free = {"model": Detector.COMPUTING, "data": AnomalyDataModule.COMPUTING} if self._detects else {}
@@ -82,6 +109,30 @@ class PandaCLI(LightningCLI):
                 f"the checkpoint {path} was made with other settings than those asked for ({'; '.join(found)}): "
                 "leave them out, in config files too, or train anew."
             )
+
+    def _require_that_flags_count(self, parser: Any, words: list[str]) -> None:
+        """Refuse flags that have no effect, or another one than they seem to."""
+        files, flags = _files_and_flags(words[1:])
+        if words[1:] != [*files, *flags]:
+            meant = parser.parse_args([*words[:1], *files, *flags], defaults=False)[self.config.subcommand]
+            lost = [f"--{k} {v}" for k, v in meant.items() if k != "config" and not same(self.asked.get(k), v)]
+            if lost:
+                raise PandaError(f"{lost[0]} is overridden by a later --config: put flags after configuration files.")
+        loggers = self.config[self.config.subcommand].trainer.logger
+        flag = next((word.split("=")[0] for word in words if word.startswith("--trainer.logger.")), None)
+        if flag and isinstance(loggers, list) and len(loggers) > 1:
+            raise PandaError(
+                f"{flag} would be set for the last of {len(loggers)} loggers alone: name the one logger to use, "
+                "as in --trainer.logger CSVLogger --trainer.logger.name mine, or write them in a configuration file."
+            )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            said = " ".join(str(_refusal(error) or error).split())
+            raise PandaError(f"the trainer's arguments are not possible here: {said}") from error
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where runs of this configuration keep their checkpoints: as ModelCheckpoint says, or in the log's folders."""
@@ -119,6 +170,15 @@ class PandaCLI(LightningCLI):
         return None if path is None else str(path)
 
 
+def _files_and_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that name configuration files, and the others, each in their order."""
+    files: list[str] = []
+    flags: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        (files if re.match(r"(-c|--config)(=|$)", word) or before in ("-c", "--config") else flags).append(word)
+    return files, flags
+
+
 def _listed(parts: Any) -> list[Any]:
     """Loggers or callbacks of a configuration, where it may hold one, several or none, with their arguments."""
     parts = parts if isinstance(parts, list) else [parts]
@@ -143,13 +203,11 @@ def main(args: ArgsType = None) -> None:
             trainer_defaults={"num_sanity_val_steps": 0},
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": VERSION},
             args=args,
         )
-    except (ValueError, OSError) as error:
-        told = _refusal(error)
-        if told is None and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(f"error: {told or f'{error}. Make room and go on with --ckpt_path last.'}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        end_in_a_sentence(error)
 
 
 def _refusal(error: BaseException | None) -> PandaError | None:
@@ -157,6 +215,32 @@ def _refusal(error: BaseException | None) -> PandaError | None:
     while error is not None and not isinstance(error, PandaError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def end_in_a_sentence(error: Exception) -> NoReturn:
+    """Leave with what to do about an error of the user or the machine; any other is raised, for its traceback."""
+    told = _refusal(error) or _sentence(error)
+    if told is None:
+        raise error
+    sys.exit(f"error: {told}")
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to do about an error of the machine; None for any other."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}. Make room and go on with --ckpt_path last."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
+        return f"{error}. Choose another place, or make this one readable and writable."
+    said = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or re.search("not enough memory|can't allocate memory|out of memory", said):
+        return (
+            f"out of memory ({said[:200].rstrip('.')}): lower data.batch_size, data.eval_batch_size, data.memory_gb, "
+            "data.image_size or model.index_memory_mb."
+        )
+    if "ckpt_path" in said or isinstance(error, FileNotFoundError):  # Lightning looks for best, hpc and addresses
+        return said
+    return None
 
 
 def silence() -> None:

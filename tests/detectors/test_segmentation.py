@@ -117,7 +117,6 @@ def test_tiles_run(tmp_path):
     [
         ({"tile": 24}, "tile=24 does not suit image_size=64: choose a divisor of at least 32"),
         ({"tile": 16}, "tile=16 does not suit image_size=64"),
-        ({"levels": (3, 7)}, r"levels=\[3, 7\] are not all levels of resnet10t"),
         ({"k": 7}, "k=7 images to compare with, but there are 6 normal ones: choose 1 to 6"),
     ],
 )

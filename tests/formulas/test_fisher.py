@@ -240,3 +240,42 @@ def test_the_cache_is_keyed_by_weights_pixels_and_adapted_layers(tmp_path):
     with torch.no_grad():
         next(one.parameters())[0, 0, 0, 0] += 1e-3
     assert path != fisher.cache_path(one, data, "32")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda t: t.fill_(torch.nan), "holds values that are NaN or infinite"),
+        (lambda t: t.neg_(), "holds negative values"),
+        (lambda t: t.zero_(), "holds zeros alone"),
+        (lambda t: t.int(), "holds whole numbers"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_no_squares_of_gradients_can_be_is_refused(tmp_path, spoil, sentence, suffix):
+    backbone, path = Backbone.pretrained("panda_tiny"), tmp_path / f"f.{suffix}"
+    diagonal = {name: spoil(torch.ones_like(p.detach())) for name, p in backbone.adapted().items()}
+    torch.save(diagonal, path) if suffix == "pth" else fisher.save(diagonal, path, {})
+    with pytest.raises(PandaError, match=rf"f.{suffix} {sentence}, unlike squares of gradients: make it with"):
+        fisher.load(str(path), backbone)
+
+
+def test_broken_files_and_other_things_are_refused(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    fisher.save(fisher.ones(backbone), tmp_path / "cut.safetensors", {})
+    _cut(tmp_path / "cut.safetensors")
+    torch.save([1], tmp_path / "list.pth")
+    torch.save({"a": print}, tmp_path / "code.pth")
+    (tmp_path / "text.pth").write_text("text")
+    for name, sentence in (
+        ("cut.safetensors", "is no whole safetensors file"),
+        ("list.pth", "holds no dictionary of tensors"),
+        ("code.pth", "must hold tensors and primitives alone .it asks to run builtins.print"),
+        ("text.pth", "must hold tensors and primitives alone .torch cannot read it"),
+    ):
+        with pytest.raises(PandaError, match=f"{name} {sentence}"):
+            fisher.load(str(tmp_path / name), backbone)

@@ -6,6 +6,7 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from rich.console import Console
 
+from panda_lightning import PandaError
 from panda_lightning.runtime.features import extract, gather, on_device
 
 
@@ -57,6 +58,34 @@ def test_gather_merges_processes_with_many_rows_few_or_none(as_processes):
             assert torch.equal(ours, theirs)
     own = as_processes(2, lambda rank: gather([values([2 + rank, rank])], merged=False)[0].tolist())
     assert own == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_process_without_a_batch_gets_columns_of_the_others_form(as_processes, merged):
+    shares = [[], [(torch.tensor([1, 0]), torch.ones(2, 3, 2).bfloat16(), torch.tensor([True, False]))], []]
+    for rank, found in enumerate(as_processes(3, lambda rank: gather(shares[rank], merged))):
+        count = 2 if merged or rank == 1 else 0
+        assert [tuple(column.shape) for column in found] == [(count,), (count, 3, 2), (count,)]
+        assert [column.dtype for column in found] == [torch.long, torch.bfloat16, torch.bool]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_batches_nowhere_are_a_mistake_that_is_said(as_processes, merged):
+    def nothing(rank):
+        with pytest.raises(PandaError, match="no images were seen: the loader gave no batch"):
+            gather([], merged)
+
+    nothing(0)
+    as_processes(2, nothing)
+    with pytest.raises(PandaError, match="no images were seen"):
+        extract(trainer(), lambda b: b["image"], [], "title", merged)
+
+
+def test_a_process_without_images_extracts_no_rows(as_processes):
+    run, shares = trainer(), [[batch(1)], [], [batch(0)]]
+    found = as_processes(3, lambda rank: extract(run, lambda b: b["image"], shares[rank], "title", merged=False))
+    assert [features.tolist() for features in found] == [[[1.0, 10.0]], [], [[0.0, 0.0]]]
+    assert found[1].shape == (0, 2)
 
 
 def test_features_are_extracted_in_order_and_of_the_type_to_keep(as_processes):

@@ -1,13 +1,16 @@
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from panda_lightning import AutoWandbLogger
 from panda_lightning.runtime import loggers
+from panda_lightning.runtime.loggers import claim_folder
 
 
 def test_without_credentials_it_is_offline(workdir):
@@ -93,3 +96,29 @@ def test_without_the_package_it_stands_aside(workdir, monkeypatch, caplog):
 def test_the_environment_is_left_alone(workdir):
     AutoWandbLogger()
     assert "WANDB_MODE" not in os.environ
+
+
+def claimed(folder, number, answers):
+    logger = CSVLogger(folder, "digits")
+    claim_folder(logger)
+    answers.put(logger.log_dir)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=claimed, args=(tmp_path, number, answers)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    found = sorted(answers.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert found == [str(tmp_path / "digits" / f"version_{n}") for n in range(8)]
+
+
+def test_a_version_that_the_user_gave_stays(tmp_path):
+    logger = CSVLogger(tmp_path, "digits", version="mine")
+    claim_folder(logger)
+    claim_folder(DummyLogger())
+    assert logger.log_dir == str(tmp_path / "digits" / "mine")
+    assert not list(tmp_path.iterdir())

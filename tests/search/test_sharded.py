@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from panda_lightning import KNNIndex, PandaError
+from panda_lightning.search import sharded
 from panda_lightning.search.sharded import ShardedIndex
 from tests.search.test_knn import plain
 
@@ -29,6 +30,55 @@ def test_parts_of_a_bank_on_each_process_give_the_neighbours_of_all(as_processes
     assert len(rows) == (4 if world == 2 else 9)
     np.testing.assert_array_equal(rows, order)
     np.testing.assert_allclose(distances, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("world", "asked"), [(2, [(9, 2), (2, 5)]), (3, [(0, 1), (5, 4), (9, 1)])])
+def test_a_round_sends_no_more_rows_than_it_may_and_gives_each_process_what_it_asked_for(
+    as_processes, monkeypatch, world, asked
+):
+    sent = []
+    of_each = sharded.of_each
+    monkeypatch.setattr(sharded, "of_each", lambda t: sent.append(tuple(t.shape)) or of_each(t))
+    monkeypatch.setattr(ShardedIndex, "ROUND", 2)
+
+    def search(rank):
+        count, k = asked[rank]
+        index = ShardedIndex().fit(BANK[rank::world])
+        found = index.search(QUERIES[:count], k)
+        index.serve()
+        return found
+
+    for (count, k), (distances, rows) in zip(asked, as_processes(world, search), strict=True):
+        expected, order = plain(BANK, QUERIES[:9], k)
+        np.testing.assert_array_equal(rows, order[:count])
+        np.testing.assert_allclose(distances, expected[:count], rtol=1e-5)
+    queries = [shape for shape in sent if shape[1:] == (6,)]
+    assert {rows for rows, _ in queries} == {1, 2}
+    assert len(queries) == 5 * world  # nine queries take five rounds of all processes
+
+
+def test_processes_search_for_real_queries_alone(as_processes, monkeypatch):
+    """What fills a process's few queries up to another's many may lie far away, where search is slow."""
+    seen = []
+    search_ = ShardedIndex._search
+    monkeypatch.setattr(ShardedIndex, "_search", lambda self, q, k, *more: seen.append(q) or search_(self, q, k, *more))
+
+    def search(rank):
+        index = ShardedIndex().fit(BANK[rank::2])
+        return index.search(QUERIES[: 3 if rank else 8], 2)
+
+    as_processes(2, search)
+    assert {len(queries) for queries in seen} == {8 + 3}
+    assert all(bool((queries.abs().sum(dim=1) > 0).all()) for queries in seen)
+
+
+def test_parts_without_rows_alone_are_no_bank(as_processes):
+    def fit(rank):
+        with pytest.raises(PandaError, match=r"a bank of shape \(0, 6\) cannot be searched"):
+            ShardedIndex().fit(BANK[:0])
+
+    as_processes(2, fit)
+    fit(0)
 
 
 def test_one_process_searches_as_without_parts():

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Checked
 from panda_lightning.formulas.metrics import auroc
-from panda_lightning.runtime.checkpoints import checkpoint_folder
+from panda_lightning.runtime.checkpoints import checkpoint_folder, read_tensors
 from panda_lightning.runtime.features import gather
 from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError
@@ -104,7 +104,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
             )
         self._snapshots = []
         for path in paths:
-            kept = torch.load(path, map_location=pl_module.device, weights_only=True)
+            kept = read_tensors(path, pl_module.device)
             if kept["how"] != [pl_module.k, pl_module.normalize]:
                 raise PandaError(
                     f"SES kept its times with k, normalize = {kept['how']}, and now they are "

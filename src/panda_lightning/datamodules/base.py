@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Checked, Count, Number, Seed
+from panda_lightning.arguments import Amount, Bounds, Checked, Count, Number, Seed
 from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
@@ -72,7 +72,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         root: str = "data",
         normal_class: int | str | None = None,
         protocol: Literal["one_vs_rest", "leave_one_out"] | None = None,
-        image_size: Count | None = None,
+        image_size: Annotated[int, Bounds(1, 16384)] | None = None,
         crop: Literal["center", "squash"] | None = None,
         resize: Count | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
@@ -293,7 +293,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
                 f"{type(self).__name__} has a single training image of the normal class {self._normal_name}: "
                 "give 2 or more."
             )
-        if self.batch_size % self._world:
+        if stage == "fit" and self.batch_size % self._world:
             raise PandaError(
                 f"batch_size={self.batch_size} is shared by {self._world} processes: "
                 f"choose a multiple of {self._world}."

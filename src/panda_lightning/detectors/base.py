@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from panda_lightning.arguments import Checked
+from panda_lightning.arguments import Checked, Count, require
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.formulas import metrics
@@ -22,7 +22,7 @@ from panda_lightning.runtime.checkpoints import FORMAT, WholeCheckpointIO, requi
 from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import gather
 from panda_lightning.runtime.fingerprint import checksum
-from panda_lightning.runtime.loggers import AutoWandbLogger
+from panda_lightning.runtime.loggers import AutoWandbLogger, claim_folder
 from panda_lightning.types import Batch, PandaError, Scores
 
 
@@ -74,6 +74,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         self._restored = False  # in the run under way
         self._moved = False  # whether weights are those of a training whose state is forgotten
         self._fresh: dict[str, Tensor] | None = None  # what training changes, as it was before; lives in memory alone
+        self._wide: dict[str, Tensor] | None = None  # weights before a run in half precision alone
         self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
@@ -170,7 +171,7 @@ class Detector(Checked, pl.LightningModule, ABC):
             for name, network in self.fresh_networks().items():
                 getattr(self, name).load_state_dict(network.state_dict())
         else:
-            own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+            own = self._own_tensors()
             with torch.no_grad():
                 for name, value in self._fresh.items():
                     own[name].copy_(value)
@@ -278,9 +279,13 @@ class Detector(Checked, pl.LightningModule, ABC):
                 f"{self.method} has nothing to train: run `lightning test` with the same arguments, "
                 "which builds its bank and saves it in last.ckpt."
             )
+        for name, hint in (("accumulate_grad_batches", Count), ("check_val_every_n_epoch", Count | None)):
+            require(f"trainer.{name}", getattr(self.trainer, name), hint)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         for logger in self.trainer.loggers:
+            if self.trainer.is_global_zero:
+                claim_folder(logger)
             if isinstance(logger, AutoWandbLogger):
                 run = {
                     key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
@@ -299,6 +304,8 @@ class Detector(Checked, pl.LightningModule, ABC):
             self.derived.clear()
             self._given = False
             self.train()  # Lightning leaves a module in eval mode after predict, and BatchNorm would then not learn
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):  # Lightning narrows the weights, for good
+            self._wide = {} if stage == "fit" else {name: t.clone() for name, t in self._own_tensors().items()}
         data = self.data
         if not hasattr(data, "normal_dataloader"):
             raise PandaError(
@@ -310,6 +317,17 @@ class Detector(Checked, pl.LightningModule, ABC):
                 f"data.outliers={data.outliers} would be ignored, for {self.method} learns from normal images alone: "
                 "leave it out, or take --model PANDAOE."
             )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if self._wide is not None:
+            self.float()  # trained weights as they are, others as they were before
+            for name, value in self._wide.items():
+                self._own_tensors()[name].data = value.to(self.device)
+            self._wide = None
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 Array = npt.NDArray[np.float64]
 
@@ -97,7 +97,8 @@ class OCSVM(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        assert self.bank is not None
+        if self.bank is None:
+            raise PandaError(f"{self.method} has no bank of normal images yet: a test makes it.")
         m = self.bank
         z = _projected(self.embed(batch).double(), m)
         return -torch.exp(-m["gamma"] * torch.cdist(z, m["support"]).square()) @ m["alpha"]

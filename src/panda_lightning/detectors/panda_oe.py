@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.detectors.steps import seeded
+from panda_lightning.detectors.steps import linear, seeded
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.types import Batch
 
@@ -38,6 +38,7 @@ class PANDAOE(PretrainedDetector):
     """
 
     OUTLIERS = True
+    head: nn.Linear
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class PANDAOE(PretrainedDetector):
         if hasattr(self, "backbone") and not hasattr(self, "head"):
             self.head = self._fresh_head()
 
-    def _fresh_head(self) -> nn.Module:
+    def _fresh_head(self) -> nn.Linear:
         with seeded():
             return nn.Linear(self.backbone.num_features, 1)
 
@@ -79,8 +80,7 @@ class PANDAOE(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        logit: Tensor = self.head(self.embed(batch))
-        return logit[:, 0].float()
+        return linear(self.head, self.embed(batch))[:, 0]
 
     @override
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:

@@ -93,9 +93,9 @@ class PatchCore(SegmentationDetector):
 
     @override
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert self.bank is not None
         patches = self.embed(batch)
         squared, nearest = self.index.search(patches.flatten(0, 1), 1)
+        assert self.bank is not None
         distances, nearest = (t.view(patches.shape[:2]) for t in (squared.sqrt(), nearest))
         farthest, place = distances.max(dim=1)
         image = torch.arange(len(patches), device=place.device)

@@ -13,6 +13,7 @@ from panda_lightning.detectors.base import Detector
 from panda_lightning.networks.backbones import Backbone, Optimize
 from panda_lightning.networks.loading import fisher_beside
 from panda_lightning.networks.prefix_cache import cache_prefix
+from panda_lightning.runtime.whole import require_folder
 from panda_lightning.types import Batch, PandaError
 
 
@@ -26,6 +27,7 @@ class PretrainedDetector(Detector):
     backbone: Backbone
     adapt_stages = 0
     prefix_cache_gb = 0.0
+    prefix_cache_dir: str | None = None
 
     def __init__(self, backbone: str, weights: str | None, optimize: Optimize) -> None:
         super().__init__()
@@ -90,6 +92,8 @@ class PretrainedDetector(Detector):
     @override
     def accept(self, data: Any) -> None:
         super().accept(data)
+        if self.prefix_cache_dir is not None and self.trainer.state.fn == "fit":
+            require_folder("prefix_cache_dir", self.prefix_cache_dir)
         size = data.view.size
         if hasattr(self, "backbone") and size < self.backbone.stride:
             raise PandaError(

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Fraction, OpenShare
 from panda_lightning.detectors.base import Detector
-from panda_lightning.detectors.steps import draws, real_images, seeded
+from panda_lightning.detectors.steps import draws, linear, real_images, seeded
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch
@@ -73,8 +73,7 @@ class MultiHeadRotNet(Detector):
             images, transform[:, 0], (transform[:, 1] - 1) * shift, (transform[:, 2] - 1) * shift
         )
         x = turned.to(self.head.weight.dtype) / 127.5 - 1
-        found: Tensor = self.head(self.network(x))
-        return torch.split(found, list(HEADS.values()), dim=1)
+        return torch.split(linear(self.head, self.network(x)), list(HEADS.values()), dim=1)
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -82,7 +81,7 @@ class MultiHeadRotNet(Detector):
         score = torch.zeros(len(images), device=images.device)
         for transform in torch.cartesian_prod(*(torch.arange(n, device=images.device) for n in HEADS.values())):
             for head, true in zip(self.logits(images, transform.expand(len(images), -1)), transform, strict=True):
-                score -= head.float().softmax(dim=1)[:, true]
+                score -= head.softmax(dim=1)[:, true]
         return score
 
     @override

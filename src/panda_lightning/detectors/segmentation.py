@@ -19,7 +19,7 @@ from panda_lightning.networks.pyramid import level_pieces, pyramid
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.processes import of_each, world_size
-from panda_lightning.search.knn import Backend, KNNIndex
+from panda_lightning.search.knn import Backend, KNNIndex, full_float32
 from panda_lightning.types import Batch, PandaError
 
 Level = Annotated[int, Bounds(1, 4)]
@@ -104,7 +104,8 @@ class SegmentationDetector(PretrainedDetector):
         if not self.sigma:
             return maps
         radius = min(round(4 * self.sigma), maps.shape[1] - 1, maps.shape[2] - 1)
-        smooth: Tensor = gaussian_blur(maps, [2 * radius + 1] * 2, [self.sigma] * 2)
+        with full_float32(maps.device):  # in half precision a map would hold some 200 values
+            smooth: Tensor = gaussian_blur(maps, [2 * radius + 1] * 2, [self.sigma] * 2)
         return smooth
 
     # ---- features ----------------------------------------------------------------------------------------------------

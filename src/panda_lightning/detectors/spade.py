@@ -82,9 +82,9 @@ class SPADE(SegmentationDetector):
 
     @override
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert self.bank is not None
         rows = self.embed(batch)
         distances, nearest = self.index.search(rows[:, : self.backbone.num_features], self.k)
+        assert self.bank is not None
         size = batch["image"].shape[-1]
         maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]
         return distances.sqrt().mean(dim=1), torch.stack(maps)

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from panda_lightning.detectors.base import Detector
+from panda_lightning.search.knn import full_float32
 from panda_lightning.types import Batch
 
 
@@ -35,6 +37,13 @@ def draws(detector: Detector, batch: Batch, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(hash(place) % 2**63)
     numbers = torch.rand(len(detector.data.normal_images), columns, generator=generator)
     return numbers[batch["index"].clamp(min=0).cpu()].to(detector.device)
+
+
+def linear(layer: nn.Linear, features: Tensor) -> Tensor:
+    """A last layer in at least float32, whatever the run's precision: logits in half precision tie, and lose ranks."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    with full_float32(features.device):
+        return F.linear(features.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 @contextmanager

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.runtime.checkpoints import read_tensors
+from panda_lightning.runtime.derived import mapped
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
@@ -192,22 +194,22 @@ def kept_or_estimated(path: Path, backbone: Backbone, batches: Iterable[Batch], 
     """The estimate from images alone that an earlier run kept, or a new one, which is kept for later runs.
 
     Args:
-        path: See cache_path; that of process 0 counts.
+        path: See cache_path; process 0 alone reads and writes it.
         backbone: See Estimator.
         batches: See estimate; not asked for where the file is there.
         strategy: By which the processes agree.
     """
-    path = strategy.broadcast(path)
     rank_zero_info(
         "fisher=auto: estimated on the normal training images with labels drawn from the pretrained classifier; "
         f"the paper takes ImageNet and its labels. Kept in {path}"
     )
-    if not strategy.broadcast(path.is_file()):
+    kept = load(str(path), backbone) if strategy.is_global_zero and path.is_file() else None
+    diagonal = strategy.broadcast(kept)  # another machine may have another home
+    if diagonal is None:
         diagonal = estimate(backbone, batches)
         if strategy.is_global_zero:
             save(diagonal, path, {"estimator": "per-sample, drawn labels"})
-        strategy.barrier()
-    return load(str(path), backbone)
+    return mapped(diagonal, lambda tensor: tensor.cpu())
 
 
 def ones(backbone: Backbone) -> Diagonal:
@@ -229,7 +231,10 @@ def load(path: str, backbone: Backbone) -> Diagonal:
         raise PandaError(f"fisher={path} is neither a file nor one of auto, ones.")
     scale = 1.0
     if path.endswith(".safetensors"):
-        found, made = load_file(path), header(path)
+        try:
+            found, made = load_file(path), header(path)
+        except (SafetensorError, OSError) as error:
+            raise PandaError(f"fisher={path} is no whole safetensors file ({error}): make it again.") from error
         scale = float(made.get("scale", 1.0))
         if made.get("weights", (own := weights_name(backbone))) != own:
             rank_zero_warn(
@@ -237,7 +242,9 @@ def load(path: str, backbone: Backbone) -> Diagonal:
                 f"these: EWC then guards the wrong ones. Make one with `panda fisher`."
             )
     else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_tensors(path)
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise PandaError(f"fisher={path} holds no dictionary of tensors by parameter names: name one that does.")
         rank_zero_info(
             f"fisher={path} does not say how it was made. If by squares of gradients of batches of 32, as the authors' "
             "seems to be, the published ewc_weight 1e4 belongs to it; with one per image, divide that by about 32."
@@ -257,7 +264,16 @@ def load(path: str, backbone: Backbone) -> Diagonal:
             f"{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}. Name a file made for this network, "
             "or use fisher=auto."
         )
-    return {name: found[name].float() * scale for name in adapted}
+    diagonal = {name: found[name].float() * scale for name in adapted}
+    faults = {
+        "values that are NaN or infinite": any(not bool(t.isfinite().all()) for t in diagonal.values()),
+        "negative values": any(bool((t < 0).any()) for t in diagonal.values()),
+        "zeros alone": not any(bool(t.any()) for t in diagonal.values()),
+        "whole numbers, not floating-point ones": any(not found[name].is_floating_point() for name in adapted),
+    }
+    for fault in (name for name, there in faults.items() if there):
+        raise PandaError(f"fisher={path} holds {fault}, unlike squares of gradients: make it with `panda fisher`.")
+    return diagonal
 
 
 def header(path: str | Path) -> dict[str, str]:

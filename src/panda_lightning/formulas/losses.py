@@ -45,14 +45,18 @@ class _EWC(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, start: list[Tensor], fisher: list[Tensor], *params: Tensor) -> Tensor:
-        moved = torch._foreach_sub(list(params), start)
+        # weights in half precision are too coarse to be subtracted in it
+        wide = [torch.promote_types(p.dtype, f.dtype) for p, f in zip(params, fisher, strict=True)]
+        moved = torch._foreach_sub(*([t.to(d) for t, d in zip(ts, wide, strict=True)] for ts in (params, start)))
         pull = torch._foreach_mul(moved, fisher)
         ctx.save_for_backward(*pull)
+        ctx.dtypes = [p.dtype for p in params]
         return 0.5 * torch.stack([torch.dot(m.flatten(), p.flatten()) for m, p in zip(moved, pull, strict=True)]).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch._foreach_mul(list(ctx.saved_tensors), grads[0])
+        pulls = torch._foreach_mul(list(ctx.saved_tensors), grads[0])
+        return None, None, *(pull.to(dtype) for pull, dtype in zip(pulls, ctx.dtypes, strict=True))
 
 
 def mean_shifted(first: Tensor, second: Tensor, centre: Tensor, temperature: float = 0.25) -> Tensor:

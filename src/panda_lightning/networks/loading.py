@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor, nn
 
-from panda_lightning.runtime.checkpoints import require_format
+from panda_lightning.runtime.checkpoints import read_tensors, require_format
 from panda_lightning.types import PandaError
 
 BUNDLED = Path(__file__).parents[1] / "weights"
@@ -75,7 +74,7 @@ def in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     if not Path(path).is_file():
         raise PandaError(f"backbone={path} is not a file: name a checkpoint of this project or a timm model.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_tensors(path)
     config = require_format(checkpoint)["derived"].get("network")
     if config is None:
         raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
@@ -117,6 +116,8 @@ def _hub_offline_if_unreachable() -> Iterator[None]:
 
 def _no_weights(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "weights_only" in reason:  # torch and timm then advise to run what is in the file
+        reason = "the file holds other things than tensors, and is refused"
     return (
         f"the weights of backbone={name} cannot be had ({reason.rstrip('.')}). Name a model of timm.list_pretrained(); "
         "without network, copy the weights here and use backbone=local-dir:FOLDER (config.json + "

@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 
-from panda_lightning.runtime.checkpoints import newest_whole, require_format
+from panda_lightning.runtime.checkpoints import newest_whole, read_tensors, require_format
 from panda_lightning.types import PandaError
 
 
 def made_with(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The extra state of a detector's checkpoint, and the arguments of model and data, class included."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_tensors(path, mmap=True)
     state = require_format(checkpoint)
     keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     made = {part: dict(checkpoint.get(key, {})) for part, key in keys.items()}
@@ -42,7 +41,7 @@ def differences(wanted: Any, made: dict[str, dict[str, Any]], free: Mapping[str,
             found.append(f"{part} {name}, not {before}")
             continue
         for key, value in dict(config.get("init_args") or {}).items():
-            if key in made[part] and key not in names and not _same(value, made[part][key]):
+            if key in made[part] and key not in names and not same(value, made[part][key]):
                 found.append(f"{part}.{key} {value}, not {made[part][key]}")
     return found
 
@@ -69,10 +68,10 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
     return None if path is None else str(path)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two settings mean the same, however a file, a flag or Python writes them."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other) or (None not in (one, other) and str(one) == str(other))
 
 
@@ -94,7 +93,7 @@ def require_same(method: str, before: dict[str, Any], now: dict[str, Any], train
         if not isinstance(one, dict):
             one, other = {kind: one}, {kind: other}
         pairs = ((key, value, other.get(key)) for key, value in one.items())
-        differences += [f"{key}={here}, not {value}" for key, value, here in pairs if not _same(here, value)]
+        differences += [f"{key}={here}, not {value}" for key, value, here in pairs if not same(here, value)]
     if differences:
         advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
         raise PandaError(

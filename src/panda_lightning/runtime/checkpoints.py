@@ -1,8 +1,11 @@
 """Checkpoint files: written whole or not at all, in one pass; a broken one is refused."""
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -45,8 +48,32 @@ class WholeCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         require_whole(path)
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        with tensors_alone(path):
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """What torch saved in a file, if it is tensors and primitives alone: nothing in the file is ever run.
+
+    Raises:
+        PandaError: If it cannot be read, or holds anything else.
+    """
+    with tensors_alone(path):
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+
+
+@contextmanager
+def tensors_alone(path: Any) -> Iterator[None]:
+    """Turn torch's advice to run what is in a file into a refusal."""
+    try:
+        yield
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, PandaError):
+            raise
+        wrong = re.search(r"(GLOBAL|Unsupported \w+|global) ([\w.]+\.[\w.]+)", str(error))
+        reason = f"it asks to run {wrong[2]}" if wrong else "torch cannot read it"
+        raise PandaError(f"{path} is refused, for it must hold tensors and primitives alone ({reason}).") from error
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
@@ -69,20 +96,21 @@ def require_whole(path: str | Path) -> None:
         raise PandaError(f"the checkpoint {path} is broken ({fault}). {advice}")
 
 
-def require_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def require_format(checkpoint: Any) -> dict[str, Any]:
     """The extra state of a detector's checkpoint (see Detector.get_extra_state).
 
     Raises:
         PandaError: If it has none, or one of another format.
     """
-    state = checkpoint.get("state_dict", {}).get("_extra_state")
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    state = weights.get("_extra_state") if isinstance(weights, dict) else None
     number = state.get("format") if isinstance(state, dict) else None
     if number != FORMAT:
         what = f"has format {number}" if number else "has no format number: it is foreign, or older than that number"
         raise PandaError(
             f"the checkpoint {what}; this version reads format {FORMAT}. Train anew, or use the version that wrote it."
         )
-    found: dict[str, Any] = state
+    found: dict[str, Any] = state  # type: ignore[assignment]  # a dictionary, for it has that number
     return found
 
 

@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.progress import Progress
 from torch import Tensor
 
 from panda_lightning.runtime.processes import world_size
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 T = TypeVar("T")
 
@@ -57,25 +58,29 @@ def on_device(trainer: pl.Trainer, loader: Iterable[T], title: str, total: int |
     # Lightning's bar stops the clock that would refresh one below it, so this one refreshes at each batch
     with Progress(transient=True, disable=silent, auto_refresh=False) as progress:
         for batch in progress.track(loader, total, description=title):
+            if trainer.received_sigterm:  # which Lightning looks for in its own loops
+                raise SIGTERMException
             yield trainer.strategy.batch_to_device(batch)
 
 
 def gather(parts: Sequence[tuple[Tensor, ...]], merged: bool = True) -> tuple[Tensor, ...]:
-    """Merge rows over batches and processes, in the order of their index, every index once.
+    """Merge rows over batches and processes, in the order of their index, every index once; every process must call it.
 
     Args:
         parts: For each batch (index (B,), values (B, ...), ...); rows of index -1 are dropped. Processes may hold
-            different numbers of rows, or none.
+            different numbers of rows, or no batch.
         merged: False leaves out the rows of other processes.
 
     Returns:
-        (index (N,), values (N, ...), ...), the same on every process.
+        (index (N,), values (N, ...), ...), where merged the same on every process.
+
+    Raises:
+        PandaError: If no process has a batch.
     """
     columns: tuple[Tensor, ...] = (
         tuple(torch.cat(column) for column in zip(*parts, strict=True)) if len(parts) != 1 else parts[0]
     )
-    if merged and world_size() > 1:
-        columns = _all_gather(columns)
+    columns = _exchange(columns, merged)
     index = columns[0]
     if len(index) and index[0] >= 0 and bool((index[1:] > index[:-1]).all()):
         return columns  # so it is without other processes: nothing to copy
@@ -87,18 +92,26 @@ def gather(parts: Sequence[tuple[Tensor, ...]], merged: bool = True) -> tuple[Te
     return tuple(column[keep] for column in columns)
 
 
-def _all_gather(columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Rows of all processes, whatever number each has; a process without rows learns their form from the others."""
-    forms: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(forms, [(len(c), tuple(c.shape[1:]), c.dtype) for c in columns])
-    full = next(form for form in forms if form)
-    counts = [form[0][0] if form else 0 for form in forms]
+def _exchange(columns: tuple[Tensor, ...], merged: bool) -> tuple[Tensor, ...]:
+    """Rows of all processes, or its own; a process without a batch learns the columns' form from the others."""
+    mine = [(len(c), tuple(c.shape[1:]), c.dtype) for c in columns]
+    forms: list[Any] = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(forms, mine)
+    full = next((form for form in forms if form), None)
+    if full is None:
+        raise PandaError("no images were seen: the loader gave no batch.")
+    if world_size() == 1 or (columns and not merged):
+        return columns
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    columns = columns or tuple(torch.empty((0, *shape), dtype=dtype, device=device) for _, shape, dtype in full)
+    if not merged:
+        return columns
+    counts = [form[0][0] if form else 0 for form in forms]
     gathered = []
-    for i, (_, shape, dtype) in enumerate(full):
-        mine = columns[i] if columns else torch.empty((0, *shape), dtype=dtype)
-        padded = torch.zeros((max(counts), *shape), dtype=dtype, device=device)
-        padded[: len(mine)] = mine
+    for column in columns:
+        padded = column.new_zeros((max(counts), *column.shape[1:]), device=device)
+        padded[: len(column)] = column
         everyone = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(everyone, padded)
         gathered.append(torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)]))

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
+
+from panda_lightning.runtime.whole import require_folder
 
 
 class AutoWandbLogger(WandbLogger):
@@ -84,6 +86,19 @@ class AutoWandbLogger(WandbLogger):
                     rank_zero_warn(f"W&B's process has died ({error}): this run goes on without it, and {kept}.")
 
         return guarded
+
+
+def claim_folder(logger: Any) -> None:
+    """Give a logger of version folders a new one: of runs that start together Lightning gives several the same."""
+    if not isinstance(logger, CSVLogger | TensorBoardLogger) or "://" in str(logger.save_dir):
+        return
+    while logger._version is None:
+        folder = Path(logger.log_dir)  # finds the next number
+        require_folder("save_dir", folder.parent)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            logger._version = None
 
 
 def _has_credentials() -> bool:

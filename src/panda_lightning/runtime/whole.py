@@ -11,6 +11,8 @@ from uuid import uuid4
 
 from pytorch_lightning.utilities import rank_zero_info
 
+from panda_lightning.types import PandaError
+
 ORPHANED = 60  # seconds after which what nobody holds was left by a killed process
 
 
@@ -48,6 +50,39 @@ def new_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         os.close(handle)
+
+
+def require_folder(name: str, folder: str | Path) -> None:
+    """Make a folder, and find out now whether files can be written there.
+
+    Args:
+        name: What the folder is called.
+        folder: It.
+
+    Raises:
+        PandaError: If not.
+    """
+    try:
+        with new_folder(Path(folder)):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise PandaError(f"{name}={folder} cannot be written to ({reason}): choose another folder.") from error
+
+
+def require_new_file(name: str, path: str | Path) -> None:
+    """Find out now whether a file can be written, in place of an older one.
+
+    Args:
+        name: What the file is called.
+        path: It.
+
+    Raises:
+        PandaError: If not.
+    """
+    if Path(path).is_dir():
+        raise PandaError(f"{name}={path} is a folder: name a file.")
+    require_folder(name, Path(path).parent)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class KNNIndex:
     """Exact k-nearest-neighbour search by squared Euclidean distance, in float32 whatever the features' type.
 
     The distances returned are those of the k nearest rows, but for float32's rounding of a sum of squared differences:
-    a relative error of D * 2^-24 at most, of about 1e-7 mostly. Of rows that differ by no more than that, any may come.
+    a relative error of (D + 2) 2^-24 at most, mostly of 1e-7. Of rows that differ by no more than that, any may come.
 
     The matrix-product form |q|^2 - 2 q.b + |b|^2 is fast but cancels digits, so it only names candidates, a few more
     than k, after the bank's mean is subtracted from both sides; the distances returned are computed by differences.
@@ -77,9 +77,10 @@ class KNNIndex:
             Squared L2 distances (B, k), ascending, and the rows' numbers (B, k).
 
         Raises:
-            PandaError: If k does not fit the bank.
+            PandaError: If k does not fit the bank, or there is none.
         """
-        assert self._bank is not None, "fit comes before search"
+        if self._bank is None:
+            raise PandaError("there is no bank of normal images yet: a test makes it, or a validation of fit.")
         self._check(k)
         return self._search(queries, k)
 
@@ -160,11 +161,11 @@ class KNNIndex:
             import faiss.contrib.torch_utils
 
             if self._bank.is_cuda:
-                distance, near = faiss.knn_gpu(_gpu_resources(), queries, self._bank, count)
+                nearest: Any = faiss.knn_gpu(_gpu_resources(), queries, self._bank, count)
             else:
-                distance, near = faiss.knn(queries.numpy(), self._bank.numpy(), count)
-            # ascending; -1 stands for none, where there is NaN
-            return torch.as_tensor(near).clamp(min=0), torch.as_tensor(distance)[:, -1]
+                nearest = faiss.knn(queries.numpy(), self._bank.numpy(), count)
+            distance, near = (torch.as_tensor(t) for t in nearest)  # ascending; where there is NaN, -1 stands for none
+            return near.clamp(min=0), distance[:, -1]
         whole = self._rows // group * group  # what is beside groups is a candidate anyway
         # on a CPU in blocks that stay in its caches
         rows, columns = (256, 2048) if self._bank.device.type == "cpu" else (len(queries), whole)
@@ -194,7 +195,7 @@ def _may_miss(queries: Tensor, distance: Tensor, beyond: Tensor) -> Tensor:
         beyond: What the form gives at least for all rows beside the candidates, (B,).
     """
     n = queries.shape[1] + 8
-    norm = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64)
     radius = norm + distance.double().sqrt()
     error = 2 * radius * (norm + radius) * n / (2**24 - n)
     return distance > (beyond - error).clamp(min=0)

@@ -27,6 +27,8 @@ class ShardedIndex(KNNIndex):
         if world_size() > 1:
             dist.all_reduce(sums)
         self._size = int(sums[-1])
+        if not self._size:
+            return super().fit(bank)  # which refuses it
         return self._take(bank, sums[:-1] / sums[-1])
 
     @override
@@ -70,9 +72,10 @@ class ShardedIndex(KNNIndex):
         self._check(k)
         if world_size() == 1 or not len(queries):
             return self._search(queries, k)
-        found = self._round(queries.detach().float(), k)
-        assert found is not None, "this process has queries"
-        return found
+        rounds = [self._round(some, k) for some in torch.split(queries.detach().float(), self.ROUND)]
+        # no round is None where there are queries
+        distance, row = (torch.cat(column) for column in zip(*filter(None, rounds), strict=True))
+        return distance, row
 
     @override
     def serve(self) -> None:
@@ -80,24 +83,23 @@ class ShardedIndex(KNNIndex):
             pass
 
     def _round(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """One search of all processes; None if none has queries."""
+        """One search of all processes, each with its number of queries and its k; None if none has queries."""
         world, rank = world_size(), dist.get_rank()
         wanted = of_each(torch.tensor([len(queries), k], device=queries.device))
-        most, k = wanted.amax(dim=0).tolist()
+        most, largest = wanted.amax(dim=0).tolist()
         if not most:
             return None
         padded = queries.new_zeros(most, queries.shape[1])
         padded[: len(queries)] = queries
-        everyone = of_each(padded).flatten(0, 1)
-        distance = queries.new_full((len(everyone), k), torch.inf)
+        asked = torch.arange(most, device=queries.device) < wanted[:, :1]  # (asking process, query)
+        distance = queries.new_full((world, most, largest), torch.inf)
         row = torch.zeros(distance.shape, dtype=torch.long, device=queries.device)
-        assert self._bank is not None
-        near = min(k, self._rows)
+        everyone, near = of_each(padded)[asked], min(largest, self._rows)
         if near:
-            distance[:, :near], rows = self._search(everyone, near)
-            row[:, :near] = rows * world + rank
+            distance[..., :near][asked], rows = self._search(everyone, near)
+            row[..., :near][asked] = rows * world + rank
         # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
-        answers = (of_each(t).view(world, world, most, k)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
+        answers = (of_each(t)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
         distance, row = (t[: len(queries)] for t in answers)
         best, order = distance.topk(k, largest=False)  # sorted
         return best, row.gather(1, order)

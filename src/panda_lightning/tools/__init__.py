@@ -4,11 +4,9 @@ A tool's module has ``HELP``, a sentence; ``arguments(parser)``, which adds what
 returns the exit status.
 """
 
-import sys
-
-from panda_lightning.cli import OneSentenceParser, silence
+from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, silence
+from panda_lightning.runtime.whole import require_new_file
 from panda_lightning.tools import check_data, fisher
-from panda_lightning.types import PandaError
 
 TOOLS = {"check-data": check_data, "fisher": fisher}
 
@@ -23,18 +21,19 @@ def main(args: list[str] | None = None) -> int:
         The exit status, 0 when nothing is wrong.
     """
     silence()
-    parser = OneSentenceParser(prog="panda", description="Tools around `lightning fit`.")
+    parser = OneSentenceParser(prog="panda", description="Tools around `lightning fit`.", version=VERSION)
     commands = parser.add_subcommands()
+    accepted = {name: OneSentenceParser(description=tool.HELP) for name, tool in TOOLS.items()}
     for name, tool in TOOLS.items():
-        accepted = OneSentenceParser(description=tool.HELP)
-        tool.arguments(accepted)
-        commands.add_subcommand(name, accepted, help=tool.HELP)
+        tool.arguments(accepted[name])
+        commands.add_subcommand(name, accepted[name], help=tool.HELP)
     try:
         config = parser.instantiate_classes(parser.parse_args(args))
-        status: int = TOOLS[config.subcommand].run(config[config.subcommand])
+        chosen = config[config.subcommand]
+        accepted[config.subcommand].require_bounds(chosen)
+        if chosen.output is not None:
+            require_new_file("--output", chosen.output)
+        status: int = TOOLS[config.subcommand].run(chosen)
         return status
-    except ValueError as error:
-        refusal = error if isinstance(error, PandaError) else error.__cause__  # jsonargparse wraps a constructor's
-        if not isinstance(refusal, PandaError):
-            raise
-        sys.exit(f"error: {refusal}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        end_in_a_sentence(error)

@@ -4,7 +4,7 @@ import re
 import resource
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from panda_lightning.arguments import Bounds, Count, Seed
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
 from panda_lightning.datamodules.layout import images_below
@@ -32,7 +33,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add = parser.add_argument
     add("--backbone", type=str, required=True, help="As model.backbone: a timm name, local-dir:FOLDER, panda_tiny, ...")
     add("--weights", type=str | None, default=None, help="As model.weights: a file with other weights.")
-    add("--adapt_stages", type=int, default=2, help="The last stages that EWC will guard.")
+    add("--adapt_stages", type=Count, default=2, help="The last stages that EWC will guard.")
     add("--data", type=str, required=True, help="A folder of images: FOLDER/<class>/..., or without labels any.")
     add(
         "--labels",
@@ -40,16 +41,17 @@ def arguments(parser: OneSentenceParser) -> None:
         default="sampled",
         help="true: folders are named as the head's classes (ImageNet synsets or names); sampled: by the model itself.",
     )
-    add("--samples", type=int | None, default=None, help="So many images, evenly spaced over the sorted files.")
+    add("--samples", type=Count | None, default=None, help="So many images, evenly spaced over the sorted files.")
     add("--per-sample", action="store_true", help="Square each image's gradient (the default).")
-    add("--batch", type=int | None, default=None, help="Square the gradients of means over so many images instead.")
-    add("--image_size", type=int | None, default=None, help="Pixels; by default as in pretraining.")
+    several = Annotated[int, Bounds(2)] | None
+    add("--batch", type=several, default=None, help="Square the gradients of means over so many images instead.")
+    add("--image_size", type=Count | None, default=None, help="Pixels; by default as in pretraining.")
     add("--crop", type=Literal["center", "squash"], default="center", help="As data.crop.")
     add("--half", action="store_true", help="Write float16.")
-    add("--seed", type=int, default=0, help="Of sampled labels, and of the images' order for --batch.")
-    add("--memory_mb", type=int, default=1024, help="Memory of the gradients of one chunk of images, in MiB.")
+    add("--seed", type=Seed, default=0, help="Of sampled labels, and of the images' order for --batch.")
+    add("--memory_mb", type=Count, default=1024, help="Memory of the gradients of one chunk of images, in MiB.")
     add("--accelerator", type=str, default="auto", help="As trainer.accelerator.")
-    add("--devices", type=int, default=1, help="As trainer.devices.")
+    add("--devices", type=Count, default=1, help="As trainer.devices.")
     add("-o", "--output", type=Path, required=True, help="The safetensors file.")
 
 
@@ -57,8 +59,6 @@ def run(config: Namespace) -> int:
     """Estimate, save, and print the file's header."""
     if config.per_sample and config.batch is not None:
         raise PandaError(f"--per-sample and --batch {config.batch} are two estimators: choose one.")
-    if config.batch is not None and config.batch < 2:
-        raise PandaError(f"--batch {config.batch} is no batch: choose 2 or more, or --per-sample.")
     backbone = Backbone.pretrained(config.backbone, config.weights, config.adapt_stages)
     fisher.require_classifier(backbone)
     files, labels = find(Path(config.data), backbone, config.labels == "true", config.samples)

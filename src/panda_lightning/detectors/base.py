@@ -305,6 +305,11 @@ class Detector(Checked, pl.LightningModule, ABC):
             self._given = False
             self.train()  # Lightning leaves a module in eval mode after predict, and BatchNorm would then not learn
         if str(self.trainer.precision) in ("16-true", "bf16-true"):  # Lightning narrows the weights, for good
+            if stage == "fit":
+                rank_zero_warn(
+                    f"precision {self.trainer.precision} keeps the weights themselves in half precision, which loses "
+                    "small steps: bf16-mixed trains as float32 does."
+                )
             self._wide = {} if stage == "fit" else {name: t.clone() for name, t in self._own_tensors().items()}
         data = self.data
         if not hasattr(data, "normal_dataloader"):

@@ -126,7 +126,9 @@ class PANDA(DN2):
     @override
     def on_train_epoch_end(self) -> None:
         start = self.start or {}
-        moved = [(p.detach() - start[name]).square().sum() for name, p in self.backbone.adapted().items()]
+        pairs = [(p.detach(), start[name]) for name, p in self.backbone.adapted().items()]
+        wide = torch.promote_types(pairs[0][0].dtype, torch.float32)  # squares of small steps are 0 in float16
+        moved = [(p.to(wide) - before.to(wide)).square().sum() for p, before in pairs]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
 
     @override

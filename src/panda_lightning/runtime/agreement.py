@@ -58,7 +58,11 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
     free = {part: tuple(name for name in names if name != "root") for part, names in free.items()}
 
     def alike(path: Path) -> bool:
-        found = differences(config, made_with(path)[1], free) if free else []
+        try:
+            found = differences(config, made_with(path)[1], free) if free else []
+        except PandaError as error:  # somebody else's, or an older version's
+            others.append(str(error))
+            return False
         others.extend([f"{path} has other settings: {'; '.join(found)}"] if found else [])
         return not found
 

@@ -14,7 +14,8 @@ class Thing:
 def test_derived_attributes_live_in_one_dictionary_of_their_object():
     one, other = Thing(), Thing()
     one.steps, one.bank = 3, torch.ones(2)
-    assert set(one.derived) == {"steps", "bank"}
+    assert one.derived == {"steps": 3, "bank": one.bank}
+    assert (one.steps, one.bank.tolist()) == (3, [1, 1])
     assert (other.steps, other.bank) == (0, None)
     one.derived.clear()
     assert (one.steps, one.bank) == (0, None)
@@ -22,5 +23,7 @@ def test_derived_attributes_live_in_one_dictionary_of_their_object():
 
 
 def test_every_tensor_of_a_nested_value_is_changed():
-    value = {"a": torch.ones(1), "b": [torch.ones(1), (2, torch.ones(1))], "c": "text"}
-    assert mapped(value, lambda t: t * 5) == {"a": torch.tensor(5.0), "b": [5, (2, 5)], "c": "text"}
+    value = {"a": torch.ones(1), "b": [torch.ones(1), (2, torch.ones(1))], "c": "text", "d": None}
+    assert mapped(value, lambda t: t * 5) == {"a": torch.tensor(5.0), "b": [5, (2, 5)], "c": "text", "d": None}
+    assert mapped(torch.ones(1), lambda t: t * 5) == 5
+    assert value["a"] == value["b"][1][1] == 1  # what was given stays as it is

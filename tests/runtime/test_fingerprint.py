@@ -1,3 +1,5 @@
+import struct
+
 import pytest
 import torch
 
@@ -37,10 +39,44 @@ def test_a_fingerprint_is_the_same_for_the_same_and_another_for_anything_else():
     assert len({fingerprint(*parts) for parts in others} | {base}) == len(others) + 1
 
 
+def test_equal_values_have_one_fingerprint_wherever_they_lie():
+    pixels, rows = torch.arange(600, dtype=torch.uint8).view(300, 1, 1, 2), torch.arange(6.0).view(2, 3)
+    assert fingerprint(one := Pictures(pixels)) == fingerprint(other := Pictures(pixels.clone()))
+    assert one is not other  # both live: nothing was named by its address
+    assert fingerprint(Pictures(pixels[:256]), Pictures(pixels[256:])) != fingerprint(one)
+    assert fingerprint(rows.t().contiguous().t().requires_grad_()) == fingerprint(rows)
+    assert fingerprint(("a", [1])) == fingerprint(["a", (1,)])
+    assert fingerprint(rows, {"a": 1}) != fingerprint(rows, {"a": 2})
+
+
 def test_parts_do_not_run_into_one_another():
     assert fingerprint(["a", "b"], ["c"]) != fingerprint(["a"], ["b", "c"])
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
     assert fingerprint([[1], 2]) != fingerprint([1, [2]])
+    assert fingerprint({"a": 1}, {}) != fingerprint({}, {"a": 1})
+
+
+def test_pictures_are_read_once_and_not_all_at_a_time():
+    class OnDisk(Pictures):
+        def pictures(self, rows):
+            read.append(rows.tolist())
+            return super().pictures(rows)
+
+    read = []
+    fingerprint(OnDisk(torch.zeros(600, 3, 1, 1, dtype=torch.uint8)))
+    assert [row for rows in read for row in rows] == list(range(600))
+    assert max(map(len, read)) < 600
+
+
+@pytest.mark.parametrize("size", range(10))
+def test_a_checksum_is_two_sums_over_the_bits_of_each_tensor(size):
+    """Worked out by hand, for checkpoints keep it: another number would be taken for other weights."""
+    values = torch.arange(200, 200 + size, dtype=torch.uint8)
+    rows, sums = torch.tensor([[1.5, -2.0], [0.0, 3.0]]), []
+    for raw in (bytes(values.tolist()), struct.pack("<4f", 1.5, -2.0, 0.0, 3.0)):
+        words = struct.unpack(f"<{len(raw) // 4}i", raw) if len(raw) % 4 == 0 else raw
+        sums += [sum(words), sum(place * word for place, word in enumerate(words, 1))]
+    assert checksum([values, rows.t().contiguous().t()]) == fingerprint(torch.tensor(sums))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])

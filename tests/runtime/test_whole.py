@@ -2,6 +2,7 @@ import fcntl
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,15 @@ def test_space_is_taken_beforehand(tmp_path):
 
 
 def test_a_folder_to_fill_goes_with_what_is_left_in_it(tmp_path):
-    with new_folder(tmp_path) as part:
+    parent = tmp_path / "deep" / "er"
+    with new_folder(parent) as part:
         (part / "a").mkdir()
         (part / "b").write_text("")
-        (part / "a").rename(tmp_path / "a")
-    assert names(tmp_path) == {"a"}
+        (part / "a").rename(parent / "a")
+    assert names(parent) == {"a"}
+    with new_folder(parent) as part:
+        part.rename(parent / "b")  # nothing is left in it
+    assert names(parent) == {"a", "b"}
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
@@ -82,6 +87,25 @@ def test_processes_wait_for_each_other(tmp_path):
     for worker in workers:
         worker.join()
     assert sorted(names(tmp_path)) == [f"{i}.made" for i in range(6)]  # so each saw what the others had made
+
+
+def test_who_comes_second_says_so_and_waits_for_the_first_to_end(tmp_path, caplog):
+    folder, order = tmp_path / "deep" / "er", []
+
+    def second():
+        with alone(folder):
+            order.append("second")
+
+    with caplog.at_level("INFO"), ThreadPoolExecutor(1) as pool:
+        with alone(folder):
+            waiting, end = pool.submit(second), time.monotonic() + 10
+            while "waiting for it" not in caplog.text and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            order.append("first")
+        waiting.result(10)
+    assert f"Another process is making files in {folder}: waiting for it." in caplog.text
+    assert order == ["first", "second"]
 
 
 def test_a_file_system_without_locks_lets_everyone_in(tmp_path, monkeypatch):

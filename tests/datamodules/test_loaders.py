@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
+
+
+class Rows(Dataset):
+    """Row i is i, fillers included."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, row):
+        return row
+
+
+def loader(world=1, rank=0, batch_size=2):
+    return ResumableLoader(Rows(), batch_size=batch_size, sampler=ShardedSampler(11, world, rank, shuffle=True, seed=3))
+
+
+def drawn(batches):
+    return [torch.as_tensor(batch).tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+def test_rows_are_dealt_like_cards(size, world):
+    orders = {True: list(ShardedSampler(size, 1, 0, shuffle=True, seed=5)), False: list(range(size))}
+    for shuffle, order in orders.items():
+        hands = [[] for _ in range(world)]
+        for place, row in enumerate(order):
+            hands[place % world].append(row)
+        if shuffle:
+            for hand in hands:
+                hand += [-1] * (len(hands[0]) - len(hand))
+        samplers = [ShardedSampler(size, world, rank, shuffle, seed=5) for rank in range(world)]
+        assert [list(sampler) for sampler in samplers] == hands
+        assert [len(sampler) for sampler in samplers] == [len(hand) for hand in hands]
+
+
+def test_no_two_epochs_of_any_two_seeds_have_one_order():
+    orders = []
+    for seed in range(5):
+        sampler = ShardedSampler(30, 1, 0, shuffle=True, seed=seed)
+        for epoch in range(5):
+            sampler.set_epoch(epoch)
+            orders.append(tuple(sampler))
+    assert len(set(orders)) == 25
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert tuple(ShardedSampler(30, 1, 0, shuffle=True)) == orders[0]  # seed 0, epoch 0
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 3), (7, 0), (7, 3)])
+def test_an_epoch_has_the_order_that_it_had_in_earlier_versions(seed, epoch):
+    """A checkpoint of the middle of an epoch names a place in it; with another order images would come twice."""
+    sampler = ShardedSampler(30, 1, 0, shuffle=True, seed=seed)
+    sampler.set_epoch(epoch)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    assert list(sampler) == torch.randperm(30, generator=generator).tolist()
+
+
+@pytest.mark.parametrize(("world", "rank", "batch_size"), [(1, 0, 2), (1, 0, 3), (2, 0, 2), (2, 1, 2), (3, 2, None)])
+def test_a_loader_goes_on_where_another_stopped(world, rank, batch_size):
+    whole = loader(world, rank, batch_size)
+    whole.sampler.set_epoch(4)
+    expected = drawn(whole)
+    for done in range(len(expected)):
+        part, rest = loader(world, rank, batch_size), loader(world, rank, batch_size)
+        part.sampler.set_epoch(4)
+        batches = iter(part)
+        seen = drawn(next(batches) for _ in range(done))
+        state = part.state_dict()
+        assert state == {"epoch": 4, "done": done}
+        rest.load_state_dict(state)
+        rest.sampler.set_epoch(4)
+        for number, batch in enumerate(rest, done + 1):
+            assert rest.state_dict() == {"epoch": 4, "done": number}
+            seen += drawn([batch])
+        assert seen == expected
+
+
+def test_a_place_counts_once_and_in_its_epoch_alone():
+    expected = {}
+    for epoch in (1, 2):
+        plain = loader()
+        plain.sampler.set_epoch(epoch)
+        expected[epoch] = drawn(plain)
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 1, "done": 4})
+    for epoch, rest in ((1, expected[1][4:]), (1, expected[1]), (2, expected[2])):
+        resumed.sampler.set_epoch(epoch)
+        assert drawn(resumed) == rest
+    elsewhere = loader()
+    elsewhere.load_state_dict({"epoch": 1, "done": 4})
+    elsewhere.sampler.set_epoch(2)
+    assert drawn(elsewhere) == expected[2]
+    elsewhere.sampler.set_epoch(1)
+    assert drawn(elsewhere) == expected[1]
+
+
+def test_after_an_epochs_last_batch_comes_its_first():
+    """So it is where a loader goes round and round beside a longer one."""
+    full, again = loader(), loader()
+    expected = drawn(full)
+    assert full.state_dict() == {"epoch": 0, "done": len(full)}
+    again.load_state_dict(full.state_dict())
+    assert drawn(again) == expected
+
+
+def test_the_epoch_may_be_set_after_the_iterator_was_made():
+    late, early = loader(), loader()
+    batches = iter(late)
+    for one in (late, early):
+        one.sampler.set_epoch(7)
+    assert drawn(batches) == drawn(early) != drawn(loader())
+    assert loader().state_dict() == {"epoch": 0, "done": 0}

@@ -57,12 +57,15 @@ def shared() -> Path:
 
 
 def picture(kind: str, number: int, size: int = 40) -> Image.Image:
-    """A small picture: round spots are normal, stripes are anomalous; each number another one."""
+    """A small picture: round spots are normal, stripes are anomalous, clouds are neither; each number another one."""
     rng = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
     if kind == "spot":
         cx, cy = rng.uniform(0.35, 0.65, 2)
         grey = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) * 25)
+    elif kind == "cloud":
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8))
+        grey = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
     else:
         grey = np.sin((x * rng.uniform(0.5, 1) + y * rng.uniform(0.5, 1)) * 40) / 2 + 0.5
     rgb = grey[..., None] * rng.uniform(0.6, 1, 3) + rng.normal(0, 0.03, (size, size, 3))
@@ -118,6 +121,14 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 def folder(tmp_path: Path) -> Path:
     """An image folder: train/spot 11 images; test/spot 7, test/stripe 6."""
     return make_folder(tmp_path / "images")
+
+
+def make_clouds(folder: Path, count: int) -> Path:
+    """Write pictures like nothing in an image folder, for outlier exposure."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture("cloud", 1000 + number).save(folder / f"{number:03d}.png")
+    return folder
 
 
 def make_folder(root: Path, train: int = 11, normal: int = 7, anomalous: int = 6) -> Path:

@@ -16,7 +16,7 @@ import yaml
 from panda_lightning import CIFAR10, PANDA, ImageFolder
 from panda_lightning.datamodules.images import View
 from panda_lightning.datamodules.mvtec import CATEGORIES
-from tests.conftest import fast, make_folder
+from tests.conftest import fast, make_clouds, make_folder
 from tests.datamodules import official
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,7 @@ def curve(folder: Path, key: str = "val/auroc") -> list[tuple[float, float]]:
 def test_every_shipped_config_runs(config, variant, run, workdir):
     official.make_everything(workdir / "official")
     make_folder(workdir / "images")
+    make_clouds(workdir / "clouds", 6)
     name = variant.stem if variant else "plain"
     trains = name not in FREE and (name, config.stem) != ("plain", "mvtec")
     words = ["fit" if trains else "test", f"--config={config}", *([f"--config={variant}"] if variant else [])]
@@ -60,7 +61,7 @@ def test_every_shipped_config_runs(config, variant, run, workdir):
         *TINY.get(config.stem, SMALL),
         *MORE.get(config.stem, []),
         *(["--trainer.max_epochs=1"] if trains else []),
-        *(["--data.outliers=images"] if name == "oe" else []),
+        *(["--data.outliers=clouds"] if name == "oe" else []),
         *(["--model.depth=10", "--model.width=1"] if name == "mhrot" else []),
         *(["--model.backbone=panda_tiny"] if name in ("spade", "patchcore") else []),
         *(["--model.k=2"] if name == "spade" or (name, config.stem) == ("plain", "mvtec") else []),

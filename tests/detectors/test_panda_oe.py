@@ -2,18 +2,18 @@ import pytest
 import torch
 
 from panda_lightning import DN2, PANDA, PANDAOE, Backbone, PandaError
-from tests.conftest import make_folder
+from tests.conftest import make_clouds
 from tests.detectors.test_panda import data, trainer
 
 
 @pytest.fixture
 def outliers(tmp_path):
-    return str(make_folder(tmp_path / "others", train=3, normal=0, anomalous=3) / "train")
+    return str(make_clouds(tmp_path / "others", 3))
 
 
 @pytest.fixture
 def many(tmp_path):
-    return str(make_folder(tmp_path / "others", train=40, normal=0, anomalous=0))
+    return str(make_clouds(tmp_path / "others", 40))
 
 
 def test_training_is_a_plain_loop(folder, tmp_path, many):

@@ -63,8 +63,8 @@ class Report(pl.Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so not at the end
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        for logger in trainer.loggers if trainer.global_step else ():
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for logger in trainer.loggers if self.rows else ():  # also where no step is left to do
             if isinstance(logger, CSVLogger):  # W&B has the earlier rows in its own run
                 for row in self.rows:
                     shown: dict[str, Tensor | float] = {

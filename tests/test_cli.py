@@ -258,6 +258,15 @@ def test_a_run_in_its_folder_goes_on_under_the_same_id(run, workdir):
     assert len(pieces) == 2
 
 
+def test_a_run_that_was_killed_when_all_was_done_has_the_whole_curve_again(run, folder, workdir):
+    words = ["fit", *fast(folder, epochs=2), "--model.ewc_weight=0", "--ckpt_path=last"]
+    run(*words)
+    run(*words)
+    first, second = (workdir / f"runs/t/version_{n}" for n in (0, 1))
+    assert [epoch for epoch, _ in curve(first)] == [0, 1, 2]
+    assert curve(second) == curve(first)
+
+
 # ---- bad input: one clear sentence, exit status not 0, no traceback ----
 
 

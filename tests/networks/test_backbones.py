@@ -215,3 +215,8 @@ def test_an_unsupported_family_names_the_supported_ones():
 
 def _no_network(*args: object) -> None:
     raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_a_network_with_several_classifiers_is_refused():
+    with pytest.raises(PandaError, match="VisionTransformerDistilled has several classifiers"):
+        Backbone(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10), 2)

@@ -68,7 +68,7 @@ def outliers_apart(source: str, datasets: dict[str, Any], test: Images) -> Image
     brighter or darker, resized, compressed to JPEG quality 20, or several of these: of 40,000 such images of CIFAR-10
     and of cats and dogs none passed. Other changes may pass (91 % of cuts to 24/32 do). Colours do not count. Beside
     CIFAR-10, 0.1 to 1 % of other data sets are left out without need, and 3.1 % of its own training images, of which
-    half are near duplicates indeed; clothes beside clothes are too much alike (91 %).
+    half are near duplicates indeed (90 % of those known to ciFAIR); clothes beside clothes are too much alike (91 %).
 
     Args:
         source: See read_outliers.

@@ -62,6 +62,11 @@ class Backbone(nn.Module):
                 f"a timm {type(model).__name__} cannot be split into a frozen and an adapted part; supported are "
                 f"the classes {', '.join(TRUNKS)} (see timm.list_models())."
             )
+        if not isinstance(as_timm(model).get_classifier(), nn.Module):
+            raise PandaError(
+                f"a timm {type(model).__name__} has several classifiers, as distilled networks do, and none of them is "
+                "the pretraining task's alone: choose one without, such as deit_small_patch16_224."
+            )
         self.optimize = optimize
         self._layout = torch.contiguous_format if optimize == "plain" else torch.channels_last
         self.model = model.to(memory_format=self._layout)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import panda_lightning as panda
 from panda_lightning.callbacks import SampleWiseEarlyStopping
-from tests.conftest import make_folder
+from tests.conftest import make_clouds, make_folder
 
 
 class Table(panda.DN2):
@@ -105,7 +105,7 @@ def images(root):
         mask = Image.new("L", (40, 40))
         mask.paste(255, (3 * n, 5, 3 * n + 10, 25))
         mask.save(path)
-    make_folder(root / "others", train=0, normal=0, anomalous=6 + 14)  # six are test images
+    make_clouds(root / "others", 14)
     return root
 
 

@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from panda_lightning import PANDA, PANDAOE, ImageFolder, SaveOnSignal
-from tests.conftest import make_folder
+from tests.conftest import make_clouds, make_folder
 
 
 class Seen(pl.Callback):
@@ -77,7 +77,7 @@ def undisturbed(tmp_path, one_thread):
 @pytest.mark.parametrize(("outliers", "on_disk"), [(0, False), (3, True), (14, False)])  # fewer or more than normal
 @pytest.mark.usefixtures("one_thread")
 def test_a_signal_and_a_resume_are_the_undisturbed_run(tmp_path, folder, outliers, on_disk):
-    make_folder(tmp_path / "others", train=0, normal=0, anomalous=6 + outliers)  # six are the test images
+    make_clouds(tmp_path / "others", outliers)
     options = {"oe": outliers > 0} | ({"memory_gb": 0, "num_workers": 1} if on_disk else {})
     whole, part, rest = Seen(), Seen(8, lambda: os.kill(os.getpid(), signal.SIGUSR1)), Seen()
     detector = fit(tmp_path, folder, whole, **options)

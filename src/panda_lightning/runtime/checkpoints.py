@@ -49,7 +49,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         require_whole(path)
         with tensors_alone(path):
-            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            checkpoint: dict[str, Any] = super().load_checkpoint(
+                path,
+                *args,
+                **{**kwargs, "weights_only": True},  # which Lightning leaves out for addresses
+            )
         return checkpoint
 
 

@@ -101,7 +101,6 @@ def test_two_processes_are_one(images, tmp_path):
     ("more", "says"),
     [
         (["--per-sample", "--batch", "4"], "two estimators: choose one"),
-        (["--batch", "1"], "choose 2 or more, or --per-sample"),
         (["--batch", "100"], "needs so many images, and there are 43"),
         (["--data", "nowhere"], "--data nowhere holds no images"),
     ],

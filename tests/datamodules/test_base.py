@@ -173,6 +173,14 @@ def test_what_cannot_work_is_said_in_setup(options, words):
         Digits(**options).setup("fit")
 
 
+def test_a_batch_is_shared_by_the_processes_of_a_fit_alone(monkeypatch):
+    monkeypatch.setattr(Digits, "_world", 3)
+    data = Digits(normal_class=0, batch_size=32)
+    data.setup("test")
+    with pytest.raises(PandaError, match="batch_size=32 is shared by 3 processes: choose a multiple of 3"):
+        data.setup("fit")
+
+
 def test_a_resize_below_the_crop_is_refused():
     with pytest.raises(PandaError, match="resize=100 is smaller than image_size=224"):
         Digits(normal_class=0, resize=100).setup("fit")

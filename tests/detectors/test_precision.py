@@ -72,6 +72,19 @@ def test_weights_are_what_they_were_after_a_test_in_half_precision(tmp_path, nam
     torch.testing.assert_close(detector.scores.score, score, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_are_what_they_were_after_a_test_in_half_precision_that_failed(tmp_path, monkeypatch):
+    detector = MAKE["DN2"]()
+    trainer(tmp_path).test(detector, digits(), verbose=False)
+    before = {k: v.clone() for k, v in detector.backbone.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "anomaly_score", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer(tmp_path, precision="bf16-true").test(detector, digits(), verbose=False)
+    trainer(tmp_path).test(detector, digits(), verbose=False)
+    for key, value in detector.backbone.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_weights_trained_in_half_precision_are_kept_as_float32(tmp_path):
     detector = PANDA("panda_tiny", ewc_weight=0, grad_clip=1.0)
     trainer(tmp_path, 1, precision="bf16-true").fit(detector, digits())

@@ -217,6 +217,31 @@ def test_an_estimate_is_made_once_and_kept(tmp_path, caplog):
         assert torch.equal(again[name], first[name])
 
 
+class Strategy:
+    """One of the processes of a run; what process 0 broadcasts, the others get."""
+
+    said = []
+
+    def __init__(self, rank):
+        self.is_global_zero = rank == 0
+
+    def broadcast(self, value):
+        if self.is_global_zero:
+            self.said.append(value)
+        return self.said[-1]
+
+
+def test_machines_whose_homes_differ_use_the_file_of_process_0(tmp_path):
+    backbone = Backbone.pretrained("panda_tiny")
+    homes = [tmp_path / str(rank) / "f.safetensors" for rank in range(2)]
+    kept = {name: torch.rand_like(p) for name, p in backbone.adapted().items()}
+    fisher.save(kept, homes[0], {})
+    fisher.save(fisher.ones(backbone), homes[1], {})  # an older one, of this machine alone
+    for rank, home in enumerate(homes):
+        found = fisher.kept_or_estimated(home, backbone, iter([]), Strategy(rank))
+        assert all(torch.equal(found[name], value) for name, value in kept.items())
+
+
 def test_sums_are_over_all_processes(as_processes):
     batches = make_batches(32, 5, 2)
     backbone = Backbone.pretrained("panda_tiny").double()

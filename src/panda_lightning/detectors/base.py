@@ -299,6 +299,7 @@ class Detector(Checked, pl.LightningModule, ABC):
     @override
     def setup(self, stage: str) -> None:
         self._restored = False
+        self._widen()  # a run that an error ended has not come to its teardown
         if stage == "fit":  # a checkpoint, if there is one, comes later
             self._moved |= self.steps_trained > 0
             self.derived.clear()
@@ -325,10 +326,15 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @override
     def teardown(self, stage: str) -> None:
+        self._widen()
+
+    def _widen(self) -> None:
+        """After a run in half precision: trained weights as they are, others as they were before it."""
         if self._wide is not None:
-            self.float()  # trained weights as they are, others as they were before
+            self.float()
+            own = self._own_tensors()
             for name, value in self._wide.items():
-                self._own_tensors()[name].data = value.to(self.device)
+                own[name].data = value.to(self.device)
             self._wide = None
 
     def _own_tensors(self) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ class SegmentationDetector(PretrainedDetector):
         index_memory_mb: int,
     ) -> None:
         super().__init__(backbone, weights, optimize)
+        self.save_hyperparameters()
         self.index = KNNIndex(index_backend, index_memory_mb)
         self.levels = levels
         self.sigma = sigma

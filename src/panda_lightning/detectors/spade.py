@@ -52,7 +52,6 @@ class SPADE(SegmentationDetector):
         index_memory_mb: Count = 512,
     ) -> None:
         super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
-        self.save_hyperparameters()
         self.k = k
 
     @override

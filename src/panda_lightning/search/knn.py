@@ -10,12 +10,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
+from panda_lightning.arguments import Checked, Count
 from panda_lightning.types import PandaError
 
 Backend = Literal["auto", "torch", "faiss"]
 
 
-class KNNIndex:
+class KNNIndex(Checked):
     """Exact k-nearest-neighbour search by squared Euclidean distance, in float32 whatever the features' type.
 
     The distances returned are those of the k nearest rows, but for float32's rounding of a sum of squared differences:
@@ -36,7 +37,7 @@ class KNNIndex:
     EXTRA = 8  # candidates beyond k, so that rounding in the matrix product seldom hides a neighbour
     GROUP = 64  # rows
 
-    def __init__(self, backend: Backend = "auto", memory_mb: int = 512) -> None:
+    def __init__(self, backend: Backend = "auto", memory_mb: Count = 512) -> None:
         self.backend = backend
         self.memory_mb = memory_mb
         self._bank: Tensor | None = None

@@ -474,7 +474,7 @@ def test_a_query_that_is_no_number_has_no_distance_and_leaves_the_others_alone(b
 
 def test_a_new_index_is_empty_and_cannot_be_searched():
     assert len(KNNIndex()) == 0
-    with pytest.raises(AssertionError, match="fit comes before search"):
+    with pytest.raises(PandaError, match="there is no bank of normal images yet"):
         KNNIndex().search(torch.randn(2, 3), 1)
 
 

@@ -267,6 +267,15 @@ def test_a_run_that_was_killed_when_all_was_done_has_the_whole_curve_again(run, 
     assert curve(second) == curve(first)
 
 
+def test_a_run_that_ends_before_it_begins_leaves_no_log_folder(run, folder, workdir):
+    for words in (["--model.backbone=nowhere"], ["--data.root=nowhere"], ["--data.train_limit=1"]):
+        with pytest.raises(SystemExit):
+            run("fit", *fast(folder), *words)
+        assert not list((workdir / "runs").rglob("version_*"))
+    run("fit", *fast(folder, epochs=1), "--model.ewc_weight=0")
+    assert (workdir / "runs/t/version_0/metrics.csv").is_file()
+
+
 # ---- bad input: one clear sentence, exit status not 0, no traceback ----
 
 
@@ -299,7 +308,7 @@ def refusal(run, capsys, *words: object) -> str:
         (["--data.resize=3"], "resize=3 is smaller than image_size=32"),
         (["--model.adapt_stages=0"], "adapt_stages=0 is not allowed: choose a whole number, 1 or more"),
         (["--data.crop=centre"], r"expected one of \['center', 'squash'\]. Got value: centre"),
-        (["--model=PANDAA"], "PANDAA. There are the detectors DN2, .*PANDA.* and the data sets .*CIFAR10"),
+        (["--model=PANDAA"], "PANDAA. There are the detectors .*DN2, .*PANDA.* and the data sets .*CIFAR10"),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
 )

@@ -38,6 +38,7 @@ class OneSentenceParser(LightningArgumentParser):
         "Expected a path",
     )
 
+    @override
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the type, whose bounds are checked by ``require_bounds``."""
         action = super().add_argument(*args, **kwargs)

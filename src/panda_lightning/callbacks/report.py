@@ -1,6 +1,7 @@
 """What a person looks at when a run ends: a table, and report.png."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ class Report(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._scored:  # else there is nothing yet but what a checkpoint brought
             self._finish(trainer, pl_module)
+        for folder in filter(None, (logger.log_dir for logger in trainer.loggers)):
+            with suppress(OSError):  # only where nothing is in it yet
+                Path(folder).rmdir()
 
     @rank_zero_only
     def _finish(self, trainer: pl.Trainer, pl_module: Any) -> None:

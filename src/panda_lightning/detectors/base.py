@@ -271,6 +271,9 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     # ---- a run -----------------------------------------------------------------------------------------------------
 
+    def load_networks(self) -> None:
+        """Load what a run needs from elsewhere; what cannot be had is said before there is a log."""
+
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         # The first hook of every run: what cannot work is said here, before data are fetched.
@@ -283,7 +286,10 @@ class Detector(Checked, pl.LightningModule, ABC):
             require(f"trainer.{name}", getattr(self.trainer, name), hint)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        self.load_networks()
         for logger in self.trainer.loggers:
+            if self.trainer.is_global_zero:
+                claim_folder(logger)
             if isinstance(logger, AutoWandbLogger):
                 run = {
                     key: getattr(self.trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")
@@ -293,12 +299,6 @@ class Detector(Checked, pl.LightningModule, ABC):
                 logger.describe(type(self.data).__name__, self.method, run)
         banks = [RebuildIndex()] if type(self).make_bank is not Detector.make_bank else []
         return [*banks, Health(), Media(), Report(), Predictions()]
-
-    @override
-    def prepare_data(self) -> None:
-        if self.trainer.is_global_zero:  # when the data are there, and before anything is logged
-            for logger in self.trainer.loggers:
-                claim_folder(logger)
 
     @override
     def setup(self, stage: str) -> None:

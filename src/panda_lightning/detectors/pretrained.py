@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -61,11 +60,9 @@ class PretrainedDetector(Detector):
     # ---- the backbone --------------------------------------------------------------------------------------------
 
     @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        callbacks = super().configure_callbacks()
+    def load_networks(self) -> None:
         if not hasattr(self, "backbone"):
             self.load_backbone()
-        return callbacks
 
     def load_backbone(self) -> None:
         """Load the pretrained network; without network or files this fails before any work has begun.

@@ -70,21 +70,6 @@ def require_folder(name: str, folder: str | Path) -> None:
         raise PandaError(f"{name}={folder} cannot be written to ({reason}): choose another folder.") from error
 
 
-def require_new_file(name: str, path: str | Path) -> None:
-    """Find out now whether a file can be written, in place of an older one.
-
-    Args:
-        name: What the file is called.
-        path: It.
-
-    Raises:
-        PandaError: If not.
-    """
-    if Path(path).is_dir():
-        raise PandaError(f"{name}={path} is a folder: name a file.")
-    require_folder(name, Path(path).parent)
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Let one process at a time make something in a folder; others, on other machines too, wait.

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from panda_lightning.arguments import Checked, Count
+from panda_lightning.arguments import Checked, Number
 from panda_lightning.types import PandaError
 
 Backend = Literal["auto", "torch", "faiss"]
@@ -31,13 +31,13 @@ class KNNIndex(Checked):
     Args:
         backend: torch, faiss, or auto: torch on a GPU; on a CPU faiss, where it is installed, but torch for features of
             at most 128 dimensions, for which it is faster (experiments/RESULTS.md).
-        memory_mb: Roughly the memory that one chunk of a search may take, in MiB.
+        memory_mb: Roughly the memory that one chunk of a search may take, in MiB; a chunk has at least one query.
     """
 
     EXTRA = 8  # candidates beyond k, so that rounding in the matrix product seldom hides a neighbour
     GROUP = 64  # rows
 
-    def __init__(self, backend: Backend = "auto", memory_mb: Count = 512) -> None:
+    def __init__(self, backend: Backend = "auto", memory_mb: Number = 512) -> None:
         self.backend = backend
         self.memory_mb = memory_mb
         self._bank: Tensor | None = None

@@ -4,9 +4,12 @@ A tool's module has ``HELP``, a sentence; ``arguments(parser)``, which adds what
 returns the exit status.
 """
 
+from pathlib import Path
+
 from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, silence
-from panda_lightning.runtime.whole import require_new_file
+from panda_lightning.runtime.whole import require_folder
 from panda_lightning.tools import check_data, fisher
+from panda_lightning.types import PandaError
 
 TOOLS = {"check-data": check_data, "fisher": fisher}
 
@@ -32,7 +35,9 @@ def main(args: list[str] | None = None) -> int:
         chosen = config[config.subcommand]
         accepted[config.subcommand].require_bounds(chosen)
         if chosen.output is not None:
-            require_new_file("--output", chosen.output)
+            if Path(chosen.output).is_dir():
+                raise PandaError(f"--output={chosen.output} is a folder: name a file.")
+            require_folder("--output", Path(chosen.output).parent)
         status: int = TOOLS[config.subcommand].run(chosen)
         return status
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from panda_lightning import PANDA, SPADE, Digits, Pretraining, SaveOnSignal
-from panda_lightning.arguments import Bounds, Checked, _hints, require
+from panda_lightning.arguments import Bounds, Checked, Form, _hints, require
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.types import PandaError
 
@@ -37,7 +37,8 @@ def pieces(hint: Any) -> list[Any]:
 
 def bounds(hint: Any) -> list[tuple[type, Bounds]]:
     """Each number of an annotation: its type and bounds."""
-    return [(get_args(p)[0], get_args(p)[1]) for p in pieces(hint) if get_origin(p) is Annotated]
+    found = [get_args(p)[:2] for p in pieces(hint) if get_origin(p) is Annotated]
+    return [(kind, bound) for kind, bound in found if isinstance(bound, Bounds)]
 
 
 def outside(hint: Any) -> list[Any]:
@@ -47,6 +48,8 @@ def outside(hint: Any) -> list[Any]:
         found.append(None)
     if str not in pieces(hint):
         found += ["no such choice"] if Literal in map(get_origin, pieces(hint)) else ["1"]
+    if any(isinstance(part, Form) for part in pieces(hint)):
+        found += ["", "bits", "bits:7", "bits:33", "bits:1e1", "window:5", "window:9,1", "window:1,nan", "automatic"]
     for kind, bound in bounds(hint):
         step = 1 if kind is int else 1e-9
         low = kind(bound.least) if bound.above else kind(bound.least - step)

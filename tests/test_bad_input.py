@@ -83,7 +83,7 @@ FIT = [
     ("--ckpt_path=hpc", "no HPC checkpoint was found"),
     ("--model.prefix_cache_dir=text", "prefix_cache_dir=text cannot be written to"),
     ("--trainer.logger.save_dir=text", "save_dir=text.* cannot be written to"),
-    ("--data.root=text", "text/test does not exist"),
+    ("--data.root=text", "there are no images in text"),
     ("--data.image_size=100000", "image_size=100000 is not allowed: choose a whole number, 1 to 16384"),
     ("--data.image_size=-5", "image_size=-5 is not allowed"),
     ("--data.batch_size=0", "batch_size=0 is not allowed"),

@@ -296,7 +296,7 @@ def refusal(run, capsys, *words: object) -> str:
         (["--data.normal_class=circle"], r"normal_class=circle is not a class of ImageFolder \(0-1: spot, stripe\)"),
         (["--data.normal_class=stripe"], "no training images of the normal class stripe"),
         (["--data.train_limit=1"], "a single training image of the normal class spot"),
-        (["--data.root=/nonexistent"], "/nonexistent/test does not exist: expected"),
+        (["--data.root=/nonexistent"], "there are no images in /nonexistent: expected"),
         (["--data.image_size=16"], "image_size=16 is smaller than the stride of resnet10t: choose 32 or more"),
         (["--model.k=12"], "k=12 neighbours, but there are 11 normal training images: choose 1 to 11"),
         (["--model.lr=1e30", "--model.grad_clip=1e30"], "loss became NaN or infinite at batch|NaN or infinite"),

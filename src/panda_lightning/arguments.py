@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -42,6 +42,25 @@ class Bounds:
         if self.below:
             return f"{low}{'' if self.above else ' or more'} and below {most}"
         return f"{low}{',' if self.above else ''} {'up ' if self.above else ''}to {most}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a text may be, in an annotation: what ``parse`` reads without a ValueError."""
+
+    parse: Callable[[str], Any]
+    words: str
+
+    def hold(self, value: Any) -> bool:
+        """Whether a text can be read."""
+        try:
+            self.parse(str(value))
+        except ValueError:
+            return False
+        return True
+
+    def __str__(self) -> str:
+        return self.words
 
 
 Count = Annotated[int, Bounds(1)]
@@ -94,7 +113,9 @@ def require(name: str, value: Any, hint: Any) -> None:
 def _allowed(value: Any, hint: Any) -> bool:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        return _allowed(value, parts[0]) and all(part.hold(value) for part in parts[1:] if isinstance(part, Bounds))
+        return _allowed(value, parts[0]) and all(
+            part.hold(value) for part in parts[1:] if isinstance(part, Bounds | Form)
+        )
     if kind in (Union, UnionType):
         return any(_allowed(value, part) for part in parts)
     if kind is Literal:
@@ -113,7 +134,7 @@ def _allowed(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        bounds = ", ".join(str(part) for part in parts[1:] if isinstance(part, Bounds))
+        bounds = ", ".join(str(part) for part in parts[1:] if isinstance(part, Bounds | Form))
         return f"{'a whole number, ' if parts[0] is int else ''}{bounds}" if bounds else _words(parts[0])
     if kind in (Union, UnionType):
         return ", or ".join(_words(part) for part in parts)

@@ -11,14 +11,16 @@ class Batch(TypedDict):
 
     Shapes: image (B, 3, H, W) uint8, resized but not normalised, or what the frozen layers made of it once,
     (B, C, h, w) or (B, N, C) floating point; label (B,) int64, 1 = anomalous; index (B,) int64, the image's place in
-    its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; mask (B, H, W)
-    bool, True = anomalous pixel, only from data sets with masks.
+    its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; from data sets with
+    masks alone, mask (B, H, W) bool, True = anomalous pixel, and has_mask (B,) bool, False for an anomalous image
+    whose mask is missing.
     """
 
     image: Tensor
     label: Tensor
     index: Tensor
     mask: NotRequired[Tensor]
+    has_mask: NotRequired[Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Scores:
     index: Tensor
     score: Tensor
     label: Tensor
+
+    @property
+    def both(self) -> bool:
+        """Whether there are normal and anomalous images, so that AUROC means something."""
+        return bool(0 < self.label.sum() < len(self.label))
 
 
 class PandaError(ValueError):

@@ -40,7 +40,10 @@ def test_a_missing_class_is_a_problem_that_is_said(tmp_path):
     (tmp_path / "PetImages/Dog").rename(tmp_path / "PetImages/Hund")
     data = CatsVsDogs(root=str(tmp_path), normal_class="cat")
     assert data.read("test").problems == ("there are no test images of class dog",)
-    with pytest.raises(PandaError, match="all normal with normal class cat"):
+    with pytest.warns(UserWarning, match="there are no test images of class dog"):
+        data.setup("fit")
+    data = CatsVsDogs(root=str(tmp_path), normal_class="dog")
+    with pytest.raises(PandaError, match="all anomalous with normal class dog"):
         data.setup("fit")
 
 

@@ -167,10 +167,11 @@ def test_a_csv_row_without_a_file_is_a_problem(kvasir):
 def test_a_missing_mask_leaves_image_scores(kvasir):
     (kvasir / "segmented-images/masks/polyp1.jpg").unlink()
     data = module(kvasir)
-    with pytest.warns(UserWarning, match=r"1 of 3 polyps have no mask in .*\(polyp1\): images are scored, pixels are"):
+    with pytest.warns(UserWarning, match=r"1 of 3 anomalous images have no mask, so .*: .*images/polyp1\.jpg"):
         data.setup("fit")
-    assert data.test_images.masks is None
-    assert "mask" not in next(iter(data.test_dataloader()))
+    batch = next(iter(data.test_dataloader()))
+    assert batch["has_mask"].tolist() == [*(batch["label"] == 0).tolist()[:-3], True, False, True]
+    assert batch["mask"].flatten(1).any(dim=1).tolist()[-3:] == [True, False, True]
 
 
 STEPS = r"agree to the terms at https://datasets.simula.no/hyper-kvasir.*labeled-images/lower-gi-tract/\*/<class>"

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 
 import numpy as np
@@ -36,11 +37,15 @@ def test_masks_follow_the_centre_crop(tmp_path):
     assert next(iter(data.test_dataloader()))["mask"].float().mean((1, 2)).tolist() == [0.5] * 4 + [0.0] * 4
 
 
-def test_a_missing_mask_leaves_image_labels_and_is_said(tmp_path):
+def test_a_missing_mask_costs_one_mask_and_is_said(tmp_path):
     make_mvtec(tmp_path)
     (tmp_path / "bottle/ground_truth/broken/002_mask.png").unlink()
     data = MVTecAD(root=str(tmp_path), image_size=20)
-    with pytest.warns(UserWarning, match=r"1 masks are missing, so only the images' labels are used: .*002_mask.png"):
+    with pytest.warns(UserWarning, match=r"1 of 4 anomalous images have no mask, so .*: bottle/test/broken/002.png"):
+        data.setup("test")
+    assert next(iter(data.test_dataloader()))["has_mask"].tolist() == [True, True, False, True] + [True] * 4
+    shutil.rmtree(tmp_path / "bottle/ground_truth")
+    with pytest.warns(UserWarning, match=r"4 of 4 anomalous images have no mask"):
         data.setup("test")
     assert "mask" not in next(iter(data.test_dataloader()))
 
@@ -76,6 +81,6 @@ def test_real_images(shared, tmp_path):
     assert batch["mask"][defect].any(2).any(1).all()
     assert not batch["mask"][~defect].any()
     bottle = MVTecAD(root=str(tmp_path), category="bottle", image_size=64)
-    with pytest.warns(UserWarning, match="masks are missing"):
+    with pytest.warns(UserWarning, match="have no mask"):
         bottle.setup("fit")
     assert np.unique(bottle.test_images.targets).size == len(bottle.classes) == 4

@@ -11,8 +11,8 @@ from PIL import Image
 from panda_lightning import PandaError
 from panda_lightning.datamodules import CIFAR10, Digits, ImageFolder, outliers
 from panda_lightning.datamodules.base import Images
-from panda_lightning.datamodules.images import decode
 from panda_lightning.datamodules.outliers import apart_from, likeness, read_outliers
+from panda_lightning.datamodules.reading import look
 from tests.datamodules.official import make_cifar10
 
 DATASETS = {"CIFAR10": CIFAR10, "Digits": Digits}
@@ -148,7 +148,7 @@ def test_files_are_read_once_and_compared_with_arrays(scenes, tmp_path, monkeypa
     (tmp_path / "61.png").write_bytes(b"")
     found = read_outliers(str(tmp_path), DATASETS)
     read = []
-    monkeypatch.setattr(outliers, "decode", lambda view, source: read.append(source) or decode(view, source))
+    monkeypatch.setattr(outliers, "look", lambda view, source: read.append(source) or look(view, source))
     kept = apart_from(images(scenes[:40]), found)
     assert [found.sources[i].name for i in kept] == [
         "50.png",

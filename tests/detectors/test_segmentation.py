@@ -117,7 +117,6 @@ def test_tiles_run(tmp_path):
     [
         ({"tile": 24}, "tile=24 does not suit image_size=64: choose a divisor of at least 32"),
         ({"tile": 16}, "tile=16 does not suit image_size=64"),
-        ({"k": 7}, "k=7 images to compare with, but there are 6 normal ones: choose 1 to 6"),
     ],
 )
 def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, sentence):
@@ -125,6 +124,16 @@ def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, s
     with pytest.raises(PandaError, match=sentence):
         trainer(tmp_path).test(SPADE("panda_tiny", **{"k": 2, **options}), module, verbose=False)
     assert not module._decoded
+
+
+def test_spade_compares_with_all_images_where_there_are_fewer_than_k(tmp_path, caplog):
+    found = []
+    for k in (6, 50):
+        detector = SPADE("panda_tiny", k=k)
+        trainer(tmp_path / str(k)).test(detector, mvtec(tmp_path), verbose=False)
+        found.append(detector.scores.score)
+    assert torch.equal(*found)
+    assert "SPADE compares with all 6 normal images, fewer than k=50" in caplog.text
 
 
 def test_an_adapted_network_feeds_them(run, workdir):

@@ -159,15 +159,18 @@ def test_a_renamed_class_is_named_and_the_rest_still_counted(panda, words, folde
 def test_a_test_split_of_one_kind(panda, words, folder, gone, kind):
     shutil.rmtree(folder / "test" / gone)
     status, out = panda(*words)
-    assert status == 1
-    (said,) = defects(out)
-    assert f"are all {kind} with normal class spot" in said
+    assert status == (kind == "anomalous")
+    assert ("are all anomalous with normal class spot" in out) == (kind == "anomalous")
+    assert ("there are no anomalous images, so there is no AUROC" in out) == (kind == "normal")
 
 
-def test_an_empty_class_is_named(panda, words, folder):
+def test_a_folder_without_images_is_no_class(panda, words, folder):
     (folder / "test/scratch").mkdir()
     (folder / "test/scratch/a.heic").touch()
-    assert defects(panda(*words)[1]) == ["- class scratch has no test images."]
+    status, out = panda(*words)
+    assert status == 0
+    assert "1 files are passed over: .heic 1" in out
+    assert "scratch" not in out
 
 
 def test_leave_one_out_needs_every_normal_class(panda, words, folder):
@@ -191,8 +194,8 @@ def test_where_training_images_lack_the_test_images_are_reported(panda, words, f
     (folder / "test/spot/empty.png").touch()
     status, out = panda(*words, "--data.normal_class=spot")
     assert status == 1
-    assert [("does not exist" in d, "empty.png" in d) for d in defects(out)] == [(True, False), (False, True)]
-    assert row(out, "total") == ["14"]
+    assert [("no training images" in d, "empty.png" in d) for d in defects(out)] == [(True, False), (False, True)]
+    assert row(out, "total") == ["0", "14"]
     assert Path("check-data-imagefolder.png").is_file()
 
 
@@ -214,11 +217,17 @@ def test_a_refused_download_is_a_defect(panda, workdir, monkeypatch):
 
 def test_masks_and_problems(panda, folder, words, monkeypatch):
     data = MaskedFolder(root=str(folder), image_size=32)
-    Image.new("L", (40, 40)).save(folder / "mask.png")
-    assert check_data.check(data, Path("one.png")) == ["test: two masks have no image"]
+    mask = Image.new("L", (40, 40))
+    mask.paste(1, (0, 0, 9, 9))
+    mask.save(folder / "mask.png")
+    lack = "test: 5 of 6 anomalous images have no mask, so their pixels do not count: "
+    found = check_data.check(data, Path("one.png"))
+    assert found[0] == "test: two masks have no image"
+    assert found[1].startswith(lack)
+    assert len(found) == 2
     (folder / "mask.png").write_text("")
     found = check_data.check(MaskedFolder(root=str(folder), image_size=32), Path("deep/one.png"))
-    assert found == ["test: two masks have no image", "mask.png cannot be read: empty file."]
+    assert found[2] == "test/stripe/005.png cannot be read: its mask mask.png: empty file."
     assert Path("deep/one.png").is_file()
 
 
@@ -302,7 +311,7 @@ def test_damage_to_the_real_data_sets_layouts_is_named(panda, workdir):
     (workdir / "mvtec/bottle/ground_truth/broken/001_mask.png").unlink()
     status, out = panda(f"--config={ROOT}/conf/mvtec.yaml", f"--data.root={workdir}")
     assert status == 1
-    assert "001_mask.png" in out
+    assert "1 of 4 anomalous images have no mask, so their pixels do not count: mvtec/bottle/test/broken/001.png" in out
 
     make_labeled(workdir / "kvasir", {"cecum": 9})
     make_segmented(workdir / "kvasir")

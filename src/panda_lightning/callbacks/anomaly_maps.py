@@ -62,7 +62,7 @@ class AnomalyMaps(pl.Callback):
     def _finish(self, trainer: pl.Trainer, detector: Any, loader: Any) -> None:
         index, seen, label = (column.cpu() for column in gather(self._parts))
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        if not trainer.is_global_zero or trainer.sanity_checking or not len(index):
             return
         order = seen.argsort(stable=True)
         chosen = [*order[label[order] == 1][: self.ROWS], *order[label[order] == 0].flip(0)[: self.ROWS]]

@@ -22,7 +22,7 @@ class Predictions(pl.Callback):
 
     From a detector with maps, ``maps/<file>.npy`` holds the map, (H, W) float32, and ``maps/<file>.png`` the image
     under its colours, which span the maps of the test that saved the checkpoint; the outline is its threshold of best
-    F1 (oracle).
+    F1 (oracle). <file> has its ending (``maps/cam.png.npy``), since ``cam.jpg`` may lie beside ``cam.png``.
     """
 
     @override
@@ -44,11 +44,11 @@ class Predictions(pl.Callback):
             for row, image, values in zip(batch["index"].tolist(), images, outputs["map"].cpu().numpy(), strict=True):
                 path = self._folder / "maps" / names[row]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path.with_suffix(".npy"), values)
+                np.save(f"{path}.npy", values)
                 shown = coloured(values, pl_module.value_range or (values.min(), values.max()), image)
                 if pl_module.threshold is not None:
                     shown = outline(shown, values >= pl_module.threshold, (255, 255, 255))
-                Image.fromarray(shown).save(path.with_suffix(".png"))
+                Image.fromarray(shown).save(f"{path}.png")
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -128,6 +128,9 @@ class Report(pl.Callback):
         scores, labels = pl_module.scores.score, pl_module.scores.label
         if self.rows:
             console.print(_table(self.rows, f"{type(pl_module.data).__name__}, {pl_module.method}"))
+        if not pl_module.scores.both:
+            line = f"No {name}: {len(scores)} images scored, none of them {'normal' if labels.any() else 'anomalous'}"
+        elif self.rows:
             first, last = self.rows[0], self.rows[-1]
             key = f"val/{pl_module.auroc_name}"
             best = max(self.rows, key=lambda row: row[key])
@@ -139,8 +142,9 @@ class Report(pl.Callback):
         else:
             line = f"{name} {auroc(scores, labels):.4f} of {len(scores)} images by {pl_module.method}"
         console.print(line, soft_wrap=True)
-        draw(self._folder / "report.png", scores, labels, self.rows, name)
-        console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
+        if len(scores):
+            draw(self._folder / "report.png", scores, labels, self.rows, name)
+            console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
             console.print(f"Checkpoint: {path}", soft_wrap=True)
@@ -172,10 +176,11 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
     from matplotlib.figure import Figure
     from sklearn.metrics import roc_curve
 
-    figure = Figure(figsize=(13 if len(rows) > 1 else 9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3 if len(rows) > 1 else 2)
     both = 0 < labels.sum() < len(labels)
+    panels = (3 if len(rows) > 1 else 2) if both else 1  # the scores, the ROC curve, AUROC over epochs
+    figure = Figure(figsize=(5 if panels == 1 else 13 if panels == 3 else 9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     low, high = (
         float(scores.min()),
         float(np.quantile(scores, 0.995)),
@@ -183,6 +188,8 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
     bins = np.linspace(low, max(high, low + 1e-12), 41)
     for label, kind, colour in ((0, "normal", "tab:blue"), (1, "anomalous", "tab:red")):
         part = scores[labels == label].numpy()
+        if not len(part):
+            continue
         axes[0].hist(
             part.clip(max=bins[-1]),
             bins,
@@ -198,9 +205,9 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         false, true, _ = roc_curve(labels, scores)
         axes[1].plot(false, true, color="tab:green", label=f"{name} {auroc(scores, labels):.4f}")
         axes[1].legend(loc="lower right")
-    axes[1].plot([0, 1], [0, 1], ":", color="grey")
-    axes[1].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    if len(rows) > 1:
+        axes[1].plot([0, 1], [0, 1], ":", color="grey")
+        axes[1].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    if len(rows) > 1 and both:
         axes[2].plot(*zip(*((r["epochs_trained"], r["val/auroc"]) for r in rows), strict=True), "o-", markersize=3)
         axes[2].set(
             title=f"AUROC over training{' (0 = untrained)' if not rows[0]['epochs_trained'] else ''}",

@@ -15,7 +15,7 @@ from panda_lightning.formulas.metrics import auroc
 from panda_lightning.runtime.checkpoints import checkpoint_folder, read_tensors
 from panda_lightning.runtime.features import gather
 from panda_lightning.search.knn import KNNIndex
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch, PandaError, Scores
 
 
 class SampleWiseEarlyStopping(Checked, pl.Callback):
@@ -71,7 +71,8 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
         scores, normal = pl_module.merged_scores(), pl_module.normal_score()
         relative = scores.score / normal
         self.score = relative if self.score is None else torch.maximum(self.score, relative)
-        pl_module.log("val/auroc_ses", torch.tensor(auroc(self.score, scores.label), dtype=torch.float64))
+        if scores.both:
+            pl_module.log("val/auroc_ses", torch.tensor(auroc(self.score, scores.label), dtype=torch.float64))
         if self.keep_snapshots:
             self._keep(trainer, pl_module, normal)
 
@@ -134,8 +135,9 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        _, score, label = gather(self._parts)
-        pl_module.log("test/auroc_ses", torch.tensor(auroc(score, label), dtype=torch.float64))
+        found = Scores(*gather(self._parts))
+        if found.both:
+            pl_module.log("test/auroc_ses", torch.tensor(auroc(found.score, found.label), dtype=torch.float64))
 
     @override
     def on_predict_batch_end(

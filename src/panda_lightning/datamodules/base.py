@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,11 +16,13 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Bounds, Checked, Count, Number, Seed
-from panda_lightning.datamodules.images import Decoded, ImageDataset, Images, View, as_is, decoded
+from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Number, Positive, Seed
+from panda_lightning.datamodules.images import Images, View
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
-from panda_lightning.datamodules.outliers import outliers_apart
+from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
+from panda_lightning.datamodules.pixels import Intensity
+from panda_lightning.datamodules.reading import Decoded, ImageDataset, as_is, decoded
 from panda_lightning.runtime.whole import alone, new_file
 from panda_lightning.types import Batch, PandaError
 
@@ -27,6 +30,7 @@ __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
 
 Split = Literal["train", "test"]
 T = TypeVar("T")
+Rule = Annotated[str, Form(Intensity.parse, "auto, bits:N (8 to 32) or window:LO,HI")]
 
 
 class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
@@ -40,13 +44,18 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     Args:
         root: Folder of the data set's files.
-        normal_class: Name or number of the normal class.
+        normal_class: Name or number of the normal class; where classes are named by numbers, a number is a name.
         protocol: one_vs_rest (the default): that class is normal, all others are anomalous. leave_one_out: the reverse.
         image_size: Side of the square images, in pixels; 224 by default.
-        crop: center (the default) resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight
-            to the square.
+        crop: center (the default but for ImageFolder) resizes the shorter side to ``resize`` and cuts the middle;
+            squash resizes straight to the square.
         resize: Shorter side before the centre crop; None is image_size / 0.875 (256 for 224).
         interpolation: bilinear or bicubic; None takes the network's own.
+        intensity: What becomes of files with more than 8 bits a value: auto (the default) takes the range of the format
+            (16 bits: 0 to 65535; floating point: 0 to 1; DICOM: its window), bits:N takes 0 to 2^N - 1, window:LO,HI
+            makes LO black and HI white; see datamodules/pixels.py.
+        mask_values: Values of masks that are anomalous: of grey, or of a palette's numbers; None is all but 0.
+        max_megapixels: The largest image to read, in million pixels; None is Pillow's limit, 179.
         batch_size: Images of a training step, over all processes together.
         eval_batch_size: Images of a step of extraction and scoring, on each process.
         train_limit: Keep only so many normal training images, evenly spaced; None keeps all.
@@ -63,8 +72,9 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         COMPUTING: Arguments that say where images are and how to load them, not which and how they look.
     """
 
-    COMPUTING = ("root", "eval_batch_size", "memory_gb", "num_workers", "accept_license")
+    COMPUTING = ("root", "eval_batch_size", "memory_gb", "num_workers", "accept_license", "max_megapixels")
     classes: tuple[str, ...] = ()
+    default_crop: Literal["center", "squash"] = "center"
     own_split = False  # whether the split follows a rule of ours, which the run then records as a manifest
 
     def __init__(
@@ -76,6 +86,9 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         crop: Literal["center", "squash"] | None = None,
         resize: Count | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
+        intensity: Rule | None = None,
+        mask_values: tuple[Number, ...] | None = None,
+        max_megapixels: Positive | None = None,
         batch_size: Count = 32,
         eval_batch_size: Count = 128,
         train_limit: Count | None = None,
@@ -95,6 +108,9 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self.crop = crop
         self.resize = resize
         self.interpolation = interpolation
+        self.intensity = intensity
+        self.mask_values = mask_values
+        self.max_megapixels = max_megapixels
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.train_limit = train_limit
@@ -116,7 +132,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     @root.setter
     def root(self, folder: str | Path) -> None:
-        self._root = Path(folder)
+        self._root = Path(folder).expanduser()
 
     @abstractmethod
     def read(self, split: Split) -> Images:
@@ -172,7 +188,10 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         if resize < size:
             raise PandaError(f"resize={resize} is smaller than image_size={size}: choose {size} or more.")
         own = getattr(self._detector, "interpolation", None) or "bilinear"
-        return View(size, self._chosen("crop", "center"), resize, self._chosen("interpolation", own), self.before)
+        crop, interpolation = self._chosen("crop", self.default_crop), self._chosen("interpolation", own)
+        values = None if self.mask_values is None else tuple(self.mask_values)
+        rule = self._chosen("intensity", "auto")
+        return View(size, crop, resize, interpolation, self.before, rule, values, self.max_megapixels)
 
     @property
     def before(self) -> Callable[[Image.Image, Image.Resampling], Image.Image] | None:
@@ -207,7 +226,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
             "on_error": self.on_error,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "outliers": self.outliers and training and self._outlier_images().fingerprint(Path(self.outliers)),
+            "outliers": self.outliers and training and self._outlier_source().fingerprint(Path(self.outliers)),
         }
 
     # ---- the protocol --------------------------------------------------------------------------------------------
@@ -220,12 +239,14 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         """
         wanted = self._chosen("normal_class", None)
         wanted = self.only_class() if wanted is None else wanted
-        if wanted in self.classes:
+        if str(wanted) in self.classes:
             return self.classes.index(str(wanted))
-        if isinstance(wanted, str) and wanted.isdecimal():
-            wanted = int(wanted)
-        if isinstance(wanted, int) and 0 <= wanted < len(self.classes):
-            return wanted
+        if str(wanted).isdecimal():
+            numbers = [int(name) if name.isdecimal() else None for name in self.classes]
+            if not any(number is not None for number in numbers):
+                numbers = list(range(len(self.classes)))
+            if numbers.count(int(str(wanted))) == 1:
+                return numbers.index(int(str(wanted)))
         listed = ", ".join(self.classes[:25]) + (", ..." if len(self.classes) > 25 else "")
         raise PandaError(
             f"normal_class={self.normal_class} is not a class of {type(self).__name__} "
@@ -244,14 +265,14 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     @property
     def normal_images(self) -> Images:
         """The normal training images."""
-        return self.split("train")
+        return self.protocol_images("train")
 
     @property
     def test_images(self) -> Images:
         """The test images, normal and anomalous."""
-        return self.split("test")
+        return self.protocol_images("test")
 
-    def split(self, split: Split) -> Images:
+    def protocol_images(self, split: Split) -> Images:
         """The images of a split that protocol and limits leave."""
         settings = {name: getattr(self, name, None) for name in self.hparams}
         whole = self._once(self._listed, f"all {split}", settings, lambda: self.read(split))
@@ -260,18 +281,38 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     def _limited(self, split: Split, images: Images) -> Images:
         """What protocol and limits leave of a split."""
-        for problem in images.problems:
-            rank_zero_warn(f"{type(self).__name__}: {problem}")
+        anomalous = self.is_anomalous(images.targets)
         if split == "train":
-            images = images.take(np.flatnonzero(~self.is_anomalous(images.targets)))
+            images = images.take(np.flatnonzero(~anomalous))
             if not len(images):
                 raise PandaError(
-                    f"{type(self).__name__} has no training images of the normal class {self._normal_name}."
+                    f"{type(self).__name__} has no training images of the normal class {self._normal_name} in "
+                    f"{self.root}."
                 )
+        elif images.masks is not None:
+            images = self._with_masks(images, anomalous)
+        for problem in images.problems:
+            rank_zero_warn(f"{type(self).__name__}: {problem}")
+        for note in images.notes:
+            rank_zero_info(f"{type(self).__name__}: {note}")
         limit = self.train_limit if split == "train" else self.test_limit
         if limit is not None and limit < len(images):
             images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
         return images
+
+    def _with_masks(self, images: Images, anomalous: npt.NDArray[np.bool_]) -> Images:
+        """Images with the masks of those that are anomalous; one that is missing is a problem."""
+        masks = [mask if a else None for mask, a in zip(images.masks or (), anomalous, strict=True)]
+        lack = [i for i in np.flatnonzero(anomalous) if masks[i] is None]
+        if not lack:
+            return replace(images, masks=masks)
+        names = self.names(images.take(np.array(lack[:5])))
+        problem = (
+            f"{len(lack)} of {anomalous.sum()} anomalous images have no mask, so their pixels do not count: "
+            f"{', '.join(names)}{', ...' if len(lack) > 5 else ''}"
+        )
+        all_lack = len(lack) == anomalous.sum()
+        return replace(images, masks=None if all_lack else masks, problems=(*images.problems, problem))
 
     @property
     def _normal_name(self) -> str:
@@ -283,11 +324,13 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self._listed, self._shown, self._introduced = {}, {}, False  # files may have changed since the last run
         test = self.is_anomalous(self.test_images.targets)
         _ = self.view  # which says what cannot be
-        if stage in ("fit", "validate", "test") and (test.all() or not test.any()):
+        if stage in ("fit", "validate", "test") and len(test) and test.all():
             raise PandaError(
-                f"the test images of {type(self).__name__} are all {'anomalous' if test.all() else 'normal'} with "
-                f"normal class {self._normal_name}: AUROC needs both kinds."
+                f"the test images of {type(self).__name__} are all anomalous with normal class {self._normal_name}: "
+                "AUROC needs both kinds."
             )
+        if stage == "predict" and not len(test):
+            raise PandaError(f"{type(self).__name__} has no test images in {self.root} to predict.")
         if stage == "fit" and len(self.normal_images) < 2:
             raise PandaError(
                 f"{type(self).__name__} has a single training image of the normal class {self._normal_name}: "
@@ -337,7 +380,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     def _read_pixels(self, what: str, images: Images) -> Decoded:
         view = self.view
-        size = len(images) * 3 * view.size**2
+        size = len(images) * (3 if images.masks is None else 4) * view.size**2
         in_memory = size <= self.memory_gb * 2**30
 
         def read() -> Decoded:
@@ -404,19 +447,36 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         Raises:
             PandaError: If there is no such source.
         """
-        images = self._outlier_images()
+        settings = (self.outliers, self._outliers_needed, self.test_images.fingerprint(self.root), self.view.intensity)
+        images = self._once(self._listed, "outlier", settings, self._outlier_images)
         return self._loader(self._dataset("outlier", images, np.ones(len(images), dtype=np.bool_)), train=True)
 
     def _outlier_images(self) -> Images:
-        source, test = self.outliers, self.test_images
+        images, needed = self._outlier_source(), self._outliers_needed
+        if needed is not None and needed < len(images):  # the rest would pass filter and frozen layers for nothing
+            rank_zero_info(f"{needed} of {len(images)} outliers are as many as this run's steps take.")
+            images = images.take(np.linspace(0, len(images) - 1, needed).round().astype(np.int64))
+        return outliers_apart(images, self.test_images, self.view.intensity)
+
+    @property
+    def _outliers_needed(self) -> int | None:
+        """As many outliers as the steps of this run can take; None where there is no such number."""
+        trainer, batches = self.trainer, -(-len(self.normal_images) // self.batch_size)
+        epochs = None if trainer is None or (trainer.max_epochs or -1) < 0 else trainer.max_epochs
+        steps = [] if epochs is None else [epochs * batches]
+        if trainer is not None and trainer.max_steps >= 0:
+            steps.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        return min(steps) * self.batch_size if steps else None
+
+    def _outlier_source(self) -> Images:
+        source = self.outliers
         if source is None:
             raise PandaError(
                 "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
                 ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
             )
         known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
-        settings = (source, test.fingerprint(self.root))
-        return self._once(self._listed, "outlier", settings, lambda: outliers_apart(source, known, test))
+        return self._once(self._listed, "outlier source", source, lambda: read_outliers(source, known))
 
 
 def subclasses(base: type[Any]) -> list[type[Any]]:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch, unpack
+from panda_lightning.datamodules.layout import images_in
 from panda_lightning.types import PandaError
 
 BROKEN = {("cat", 666), ("dog", 11702)}  # of Microsoft's 25,000 files: empty or no image
@@ -54,13 +55,13 @@ class CatsVsDogs(AnomalyDataModule):
         found = {}
         for base in (self.root / "PetImages", self.root / "PetImages" / "PetImages", self.root):
             for name in ("Cat", "Dog"):
-                for path in (base / name).glob("*.jpg"):
+                for path in images_in(base / name):
                     key = (name.lower(), int(path.stem)) if path.stem.isdecimal() else None
                     if key is not None and key not in BROKEN:
                         found[key] = path
             if found:
                 return found
-        for path in (self.root / "train").glob("*.jpg"):
+        for path in images_in(self.root / "train"):
             if match := re.fullmatch(r"(cat|dog)\.(\d+)", path.stem):
                 found[match[1], int(match[2])] = path
         return found

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Count, Number
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.images import read_rgb
-from panda_lightning.datamodules.layout import find_folder
+from panda_lightning.datamodules.layout import find_folder, images_in
+from panda_lightning.datamodules.pixels import read_rgb
 from panda_lightning.runtime.whole import new_folder
 from panda_lightning.types import PandaError
 
@@ -97,7 +97,8 @@ class DIOR(AnomalyDataModule):
             fates: Counter[tuple[str, str]] = Counter()
             problems: dict[Split, list[str]] = {"train": [], "test": []}
             for split, folder in images.items():
-                cut = partial(_cut, folder, boxes, crops / split, self.min_side, self.side_rule)
+                files = {path.stem: path for path in images_in(folder)}
+                cut = partial(_cut, files, boxes, crops / split, self.min_side, self.side_rule)
                 failed = []
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     done = pool.map(cut, names[split])
@@ -196,16 +197,16 @@ def _objects(annotation: Path) -> list[tuple[str, list[float]]]:
 
 
 def _cut(
-    images: Path, boxes: Path, target: Path, min_side: int, side_rule: Literal["both", "any"], name: str
+    images: dict[str, Path], boxes: Path, target: Path, min_side: int, side_rule: Literal["both", "any"], name: str
 ) -> list[tuple[str, str]] | str:
     """Write one image's crops; returns class and fate (kept, small, empty) of each box, or what is wrong."""
     path = boxes / f"{name}.xml"
     try:
         objects = _objects(path)
-        path = images / f"{name}.jpg"
+        path = images[name]
         image = read_rgb(path)
-    except FileNotFoundError:
-        return f"{path} is missing"
+    except (FileNotFoundError, KeyError):
+        return f"{path if name in images else f'the image {name}.jpg'} is missing"
     except (ElementTree.ParseError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"{path} cannot be read ({error})"
     fates = []

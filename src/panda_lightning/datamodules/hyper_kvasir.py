@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Count, Seed
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.layout import find_folder
+from panda_lightning.datamodules.layout import find_folder, images_below
 from panda_lightning.types import PandaError
 
 
@@ -82,14 +82,7 @@ class HyperKvasir(AnomalyDataModule):
         targets = np.repeat(np.array([0, 1], dtype=np.int64), [len(chosen), len(polyps)])
         sources = [normals[name] for name in chosen] + [polyps[name] for name in sorted(polyps)]
         drawn = _by_stem(folder / "masks")
-        without = sorted(polyps.keys() - drawn.keys())
-        if without:
-            problem = (
-                f"{len(without)} of {len(polyps)} polyps have no mask in {folder / 'masks'} ({_listed(without)}): "
-                "images are scored, pixels are not."
-            )
-            return Images(sources, targets, None, (*problems, problem))
-        masks = [None for _ in chosen] + [drawn[name] for name in sorted(polyps)]
+        masks = [None for _ in chosen] + [drawn.get(name) for name in sorted(polyps)]
         return Images(sources, targets, masks, problems)
 
     def _normals(self) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -137,7 +130,7 @@ def canonical(class_name: str) -> str:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.rglob("*.jpg"))}
+    return {path.stem: path for path in images_below(folder)}
 
 
 def _normal_rows(path: Path) -> set[str]:

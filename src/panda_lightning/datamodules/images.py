@@ -1,23 +1,18 @@
-"""Images of a data set: where they are, how they are resized, and as a torch Dataset."""
+"""Images of a data set: where they are, and how they are resized."""
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
-from pytorch_lightning.utilities import rank_zero_warn
-from rich.progress import track
-from torch import Tensor
-from torch.utils.data import Dataset
+from PIL import Image
 
+from panda_lightning.datamodules.pixels import Opened, Source, opened, read_mask
 from panda_lightning.runtime.fingerprint import fingerprint
-from panda_lightning.types import Batch, PandaError
 
 
 @dataclass(frozen=True)
@@ -27,8 +22,9 @@ class Images:
     Attributes:
         sources: N files, or an array (N, H, W) or (N, H, W, 3) uint8.
         targets: (N,) class numbers.
-        masks: N files of masks, None for an image without anomalous pixels; or None where there are no masks.
+        masks: N files of masks, None for an image that has none; or None where the data set has no masks.
         problems: What is wrong with the files but does not prevent their use, a sentence each.
+        notes: What is worth knowing of them, likewise.
         rows: (N,) places in the whole split, where these are some of it.
     """
 
@@ -36,6 +32,7 @@ class Images:
     targets: npt.NDArray[np.int64]
     masks: Sequence[Path | None] | None = None
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rows: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -49,7 +46,8 @@ class Images:
         else:  # nor is a mapped file read into memory by choosing some of it
             sources = [self.sources[i] for i in rows]
         masks = None if self.masks is None else [self.masks[i] for i in rows]
-        return Images(sources, self.targets[rows], masks, self.problems, rows if self.rows is None else self.rows[rows])
+        places = rows if self.rows is None else self.rows[rows]
+        return Images(sources, self.targets[rows], masks, self.problems, self.notes, places)
 
     def names(self, root: Path) -> list[str]:
         """What they are called: their files relative to ``root``, or their row numbers in the split."""
@@ -62,32 +60,24 @@ class Images:
 
         Args:
             root: The data set's folder; a copy elsewhere has the same name.
-            times: Count also when files were last changed.
+            times: Count also when files, and those of masks, were last changed.
         """
-        if isinstance(self.sources, np.ndarray) or not isinstance(self.sources[0], Path):
+        if isinstance(self.sources, np.ndarray) or (len(self) and not isinstance(self.sources[0], Path)):
             return fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
         stats = [os.stat(path) for path in self.sources]
         files = [(relative(p, root), s.st_size) for p, s in zip(self.sources, stats, strict=True)]
-        return fingerprint(files, [s.st_mtime_ns for s in stats] if times else None)
-
-    def with_masks(self, masks: Sequence[Path | None]) -> "Images":
-        """The images with their masks; without any, and with a problem, where a file of a mask is missing."""
-        missing = [str(m) for m in masks if m is not None and not m.is_file()]
-        if not missing:
-            return replace(self, masks=masks)
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problem = f"{len(missing)} masks are missing, so only the images' labels are used: {listed}"
-        return replace(self, problems=(*self.problems, problem))
+        masks = [None if mask is None else (str(mask), mask.stat().st_mtime_ns) for mask in self.masks or ()]
+        return fingerprint(files, [[s.st_mtime_ns for s in stats], masks] if times else None)
 
 
 def relative(path: Path, root: Path) -> str:
-    """A file's name below the data set's folder, with forward slashes."""
-    return Path(os.path.relpath(path, root)).as_posix()
+    r"""A file's name below the data set's folder, with forward slashes; bytes that are not UTF-8 as ``\xNN``."""
+    return os.fsencode(Path(os.path.relpath(path, root)).as_posix()).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes (3, size, size) uint8.
+    """How an image becomes (3, size, size) uint8; how its file is read, datamodules/pixels.py says.
 
     Attributes:
         size: Side in pixels.
@@ -95,6 +85,9 @@ class View:
         resize: See crop.
         interpolation: bilinear or bicubic.
         before: What a data set does to image and mask first, given the picture and how to resample it.
+        intensity: What becomes of values of more than 8 bits: auto, bits:N or window:LO,HI.
+        mask_values: The values of masks that are anomalous; None is all but 0.
+        max_megapixels: How large an image may be; None is Pillow's limit.
     """
 
     size: int
@@ -102,6 +95,9 @@ class View:
     resize: int
     interpolation: str
     before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
+    intensity: str = "auto"
+    mask_values: tuple[int, ...] | None = None
+    max_megapixels: float | None = None
 
     @property
     def words(self) -> dict[str, Any]:
@@ -112,157 +108,47 @@ class View:
             "resize": self.resize if self.crop == "center" else None,
             "interpolation": self.interpolation,
             "before": self.before and self.before.__name__,
+            "intensity": self.intensity,
         }
 
-    def __call__(self, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def __call__(self, source: Source) -> npt.NDArray[np.uint8]:
         """Read and resize one image: (3, size, size)."""
-        image = self._fit(read_rgb(source), Image.Resampling[self.interpolation.upper()])
-        return np.asarray(image).transpose(2, 0, 1)
+        return self.fit(self.open(source))
 
-    def mask(self, source: Path | None) -> npt.NDArray[np.bool_]:
-        """Read and resize one mask, above half grey being anomalous: (size, size); None is all normal."""
-        if source is None:
-            return np.zeros((self.size, self.size), dtype=np.bool_)
-        mask = Image.open(source).convert("L").point(lambda grey: 255 * (grey > 127))
+    def open(self, source: Source) -> Opened:
+        """Read one image."""
+        return opened(source, self.intensity != "auto", self.max_megapixels)
+
+    def fit(self, image: Opened) -> npt.NDArray[np.uint8]:
+        """Resize one image: (3, size, size)."""
+        fitted = self._fit(image.rgb(self.intensity), Image.Resampling[self.interpolation.upper()])
+        return np.asarray(fitted).transpose(2, 0, 1)
+
+    def mask(self, mask: Path, source: Source) -> npt.NDArray[np.bool_]:
+        """Read and resize the mask of an image: (size, size)."""
+        return self.fit_mask(read_mask(mask, self.open(source), self.mask_values)[0])
+
+    def fit_mask(self, mask: Image.Image) -> npt.NDArray[np.bool_]:
+        """Resize one mask, 255 where anomalous: (size, size)."""
         return np.asarray(self._fit(mask, Image.Resampling.NEAREST)) > 0
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what the view shows of an image (width, height), in its pixels."""
+        if self.crop == "squash":
+            return 0, 0, *size
+        side = self.size * min(size) / self.resize
+        left, top = ((length - side) / 2 for length in size)
+        return left, top, left + side, top + side
 
     def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
         if self.before is not None:
             image = self.before(image, how)
         if self.crop == "squash":
             return image.resize((self.size, self.size), how)
+        if max(image.size) > 64 * min(image.size):  # what is cut away anyway would not fit into memory
+            left, top = (max(0, (side - 4 * min(image.size)) // 2) for side in image.size)
+            image = image.crop((left, top, image.width - left, image.height - top))
         scale = self.resize / min(image.size)
         width, height = (max(self.resize, round(side * scale)) for side in image.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
-
-
-def read_rgb(source: Path | npt.NDArray[np.uint8]) -> Image.Image:
-    """An RGB image: grey is repeated, an alpha channel dropped, 16 bits scaled to 8."""
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Images that can be read.
-
-    Attributes:
-        images: They.
-        rows: (N,) their places among those that were to be read.
-        pixels: (N, 3, size, size) uint8, or None where they are read at every access.
-    """
-
-    images: Images
-    rows: npt.NDArray[np.int64]
-    pixels: Tensor | None
-
-
-def decoded(images: Images, view: View, in_memory: bool, skip_unreadable: bool, title: str) -> Decoded:
-    """Read images, with a progress bar.
-
-    Args:
-        images: What to read.
-        view: How images are resized.
-        in_memory: Keep the pixels. Files are read also where they stay on disk: one that cannot be read is named now,
-            not in the night.
-        skip_unreadable: Leave out, and count, files that are not images, instead of raising.
-        title: What the progress bar says.
-
-    Raises:
-        PandaError: Naming the files that cannot be read.
-    """
-    pixels = torch.empty((len(images), 3, view.size, view.size), dtype=torch.uint8) if in_memory else None
-    bad: dict[int, str] = {}
-    files = len(images) > 0 and isinstance(images.sources[0], Path)
-    rows = range(len(images) if in_memory or files else 0)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda i: decode(view, images.sources[i]), rows)
-        for i, image in track(zip(rows, found, strict=True), title, total=len(rows), transient=True):
-            if isinstance(image, str):
-                bad[i] = image
-            elif pixels is not None:
-                pixels.numpy()[i] = image
-    if not bad:
-        return Decoded(images, np.arange(len(images)), pixels)
-    names = [f"{images.sources[i]} ({reason})" for i, reason in bad.items()]
-    listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
-    if not skip_unreadable or len(bad) == len(images):
-        raise PandaError(
-            f"{len(bad)} of {len(images)} images cannot be read: {listed}. Mend or remove them, or set "
-            "data.on_error=skip."
-        )
-    rank_zero_warn(f"{len(bad)} of {len(images)} images cannot be read and are left out: {listed}")
-    good = np.array([i for i in rows if i not in bad])
-    return Decoded(images.take(good), good, None if pixels is None else pixels[good])
-
-
-class ImageDataset(Dataset[Batch]):
-    """Resized uint8 images with label and index.
-
-    Args:
-        found: What to show.
-        label: Of all images that were to be read: True or 1 where anomalous, or class numbers.
-        view: How images are resized.
-
-    Attributes:
-        hidden: What the frozen layers of a run's network made of the images, (N, ...), which batches then show in their
-            place; None shows images.
-    """
-
-    hidden: Tensor | None = None
-
-    def __init__(self, found: Decoded, label: npt.NDArray[np.bool_] | npt.NDArray[np.int64], view: View) -> None:
-        self.view = view
-        self.images = found.images
-        self.pixels = found.pixels
-        self.label = torch.from_numpy(label[found.rows].astype(np.int64))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> Batch:
-        return self.__getitems__([row])
-
-    def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A whole batch at once; row -1 is a filler, shown as image 0 with index -1."""
-        index = torch.tensor(rows)
-        real = index.clamp(min=0)
-        if self.hidden is None:
-            image = self.pictures(real)
-        elif list(rows) == list(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0:
-            image = self.hidden[rows[0] : rows[0] + len(rows)]  # in order, as for the bank: no copy
-        else:
-            image = self.hidden[real]
-        batch: Batch = {"image": image, "label": self.label[real], "index": index}
-        if self.images.masks is not None:
-            batch["mask"] = torch.from_numpy(np.stack([self.view.mask(self.images.masks[i]) for i in real]))
-        return batch
-
-    def pictures(self, rows: Tensor) -> Tensor:
-        """Images (B, 3, size, size) uint8 of these rows (B,), whatever batches show."""
-        if self.pixels is not None:
-            return self.pixels[rows]
-        return torch.from_numpy(np.stack([self.view(self.images.sources[i]) for i in rows]))
-
-
-def as_is(batch: Any) -> Any:
-    """Collate nothing: ``ImageDataset`` gives whole batches."""
-    return batch
-
-
-def decode(view: View, source: Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | str:
-    """The image (3, size, size), or why it cannot be read."""
-    try:
-        return view(source)
-    except UnidentifiedImageError:
-        return "empty file" if isinstance(source, Path) and not source.stat().st_size else "not an image"
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # all that Pillow raises
-        return str(error)

@@ -14,8 +14,9 @@ class ShardedSampler(DistributedSampler[int]):
     """Rows of this process: one order for any number of processes, dealt out like cards.
 
     Without shuffling nothing is repeated, and processes may hold different numbers of rows. With shuffling each epoch
-    has its permutation, and the last round is filled up with -1, so that all processes make the same steps. (The base
-    class is torch's so that Lightning leaves the sampler alone; its repeats are what this one avoids.)
+    has its permutation, and the last round is filled up with -1, so that all processes make the same steps. Of no rows
+    each process gets one -1, so that a validation of nothing takes place. (The base class is torch's so that Lightning
+    leaves the sampler alone; its repeats are what this one avoids.)
     """
 
     def __init__(self, size: int, world: int, rank: int, shuffle: bool, seed: int = 0) -> None:
@@ -24,7 +25,7 @@ class ShardedSampler(DistributedSampler[int]):
         self.skip = 0  # rows of this process to leave out at the start, see ResumableLoader
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.arange(self.size)
+        order = torch.arange(self.size) if self.size else torch.full((self.world,), -1)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.size, generator=generator)
@@ -32,6 +33,8 @@ class ShardedSampler(DistributedSampler[int]):
         return iter(order[self.rank :: self.world][self.skip :].tolist())
 
     def __len__(self) -> int:
+        if not self.size:
+            return 1
         missing = self.size - self.rank
         return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
 

@@ -21,7 +21,7 @@ def manifest(data: Any, splits: Sequence[str] = ("train", "test")) -> str:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("file", "split", "label"))
     for split in splits:
-        images = data.split(split)
+        images = data.protocol_images(split)
         for name, anomalous in zip(images.names(data.root), data.is_anomalous(images.targets), strict=True):
             lines.writerow((name, split, int(anomalous)))
     return text.getvalue()

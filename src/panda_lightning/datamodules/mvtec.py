@@ -1,5 +1,6 @@
 """MVTec AD: industrial objects and textures with pixel masks."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch, unpack
+from panda_lightning.datamodules.layout import folders_in, listed, masks_of, passed_over
 from panda_lightning.types import PandaError
 
 CATEGORIES = (
@@ -20,7 +22,7 @@ class MVTecAD(AnomalyDataModule):
     """One of 15 categories of MVTec AD (Bergmann et al. 2019), CC BY-NC-SA 4.0; official split.
 
     Expects ``root/<category>/{train/good, test/<kind>, ground_truth/<kind>}``, also below ``root/mvtec`` or
-    ``root/mvtec_anomaly_detection``. Masks are paired with images by name; where one is missing the split has none.
+    ``root/mvtec_anomaly_detection``. Masks are paired with images by name, as in ImageFolder.
 
     Args:
         category: bottle, cable, capsule, carpet, grid, hazelnut, leather, metal_nut, pill, screw, tile, toothbrush,
@@ -72,19 +74,16 @@ class MVTecAD(AnomalyDataModule):
         folder = self._folder()
         if folder is None:
             raise PandaError(f"{self.root / self.category} does not exist: set --data.root to the categories' folder.")
-        kinds = {p.parent.name for p in folder.glob("t*/*/*.png")}  # of train and test
-        self.classes = ("good", *sorted(kinds - {"good"}))
-        paths = sorted((folder / split).glob("*/*.png"))
+        found = {kind: listed(kind) for name in ("train", "test") for kind in folders_in(folder / name)}
+        self.classes = ("good", *sorted({kind.name for kind, (images, _) in found.items() if images} - {"good"}))
+        kinds = [kind for kind in found if kind.parent.name == split]
+        paths = [path for kind in kinds for path in found[kind][0]]
         if not paths:
             raise PandaError(f"there are no images in {folder / split}: expected {folder / split}/good/000.png, ...")
-        targets = np.array([self.classes.index(p.parent.name) for p in paths], dtype=np.int64)
-        images = Images(paths, targets)
-        return images if split == "train" else images.with_masks([self._mask(folder, p) for p in paths])
-
-    @staticmethod
-    def _mask(folder: Path, image: Path) -> Path | None:
-        kind = image.parent.name
-        return None if kind == "good" else folder / "ground_truth" / kind / f"{image.stem}_mask.png"
+        targets = np.array([self.classes.index(kind.name) for kind in kinds for _ in found[kind][0]], dtype=np.int64)
+        masks = None if split == "train" else masks_of(paths, folder / "test", folder / "ground_truth")
+        notes = passed_over(sum((found[kind][1] for kind in kinds), Counter[str]()))
+        return Images(paths, targets, masks, notes=notes)
 
     def _folder(self) -> Path | None:
         bases = (self.root, self.root / "mvtec", self.root / "mvtec_anomaly_detection")

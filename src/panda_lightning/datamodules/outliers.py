@@ -14,9 +14,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from panda_lightning.datamodules.images import Images, View, decode
+from panda_lightning.datamodules.images import Images, View
+from panda_lightning.datamodules.layout import images_below
+from panda_lightning.datamodules.pixels import ENDINGS
+from panda_lightning.datamodules.reading import look
 from panda_lightning.search.knn import full_float32
 from panda_lightning.types import PandaError
 
@@ -48,10 +50,10 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
             raise PandaError(f"outliers={source} is {pixels.dtype} {pixels.shape}: expected uint8 (N, H, W, 3).")
         return Images(pixels, np.zeros(len(pixels), dtype=np.int64))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        files = images_below(path)
         if files:
             return Images(files, np.zeros(len(files), dtype=np.int64))
-        raise PandaError(f"outliers={source} holds no images: their names must end in {', '.join(IMG_EXTENSIONS)}.")
+        raise PandaError(f"outliers={source} holds no images: their names must end in {', '.join(ENDINGS)}.")
     name, _, root = source.partition(":")
     if root and name in datasets:
         images: Images = datasets[name](root=root).read("train")
@@ -61,7 +63,7 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
     )
 
 
-def outliers_apart(source: str, datasets: dict[str, Any], test: Images) -> Images:
+def outliers_apart(images: Images, test: Images, intensity: str) -> Images:
     """Images for outlier exposure without what is, or nearly is, a test image; the number left out is said.
 
     Left out are copies, also when mirrored, shifted by up to 2/32 of the side, cut to 28/32 of it, made grey, 10 %
@@ -71,27 +73,26 @@ def outliers_apart(source: str, datasets: dict[str, Any], test: Images) -> Image
     half are near duplicates indeed (90 % of those known to ciFAIR); clothes beside clothes are too much alike (91 %).
 
     Args:
-        source: See read_outliers.
-        datasets: See there.
+        images: Candidates.
         test: The test images.
+        intensity: See AnomalyDataModule.
 
     Raises:
-        PandaError: If there is no such source, or nothing is left.
+        PandaError: If nothing is left.
     """
-    images = read_outliers(source, datasets)
-    kept = apart_from(test, images)
+    kept = apart_from(test, images, intensity)
     rank_zero_info(f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out")
     if not len(kept):
-        raise PandaError(f"data.outliers={source} holds no images besides test images: name others.")
+        raise PandaError("data.outliers holds no images besides test images: name others.")
     return images.take(kept)
 
 
-def apart_from(test: Images, outliers: Images) -> npt.NDArray[np.int64]:
+def apart_from(test: Images, outliers: Images, intensity: str = "auto") -> npt.NDArray[np.int64]:
     """Rows of the outliers that are not, nearly, a test image, ascending; what cannot be read is for others to name."""
-    return np.flatnonzero(likeness(test, outliers) < SAME)
+    return np.flatnonzero(likeness(test, outliers, intensity) < SAME)
 
 
-def likeness(test: Images, outliers: Images) -> npt.NDArray[np.float32]:
+def likeness(test: Images, outliers: Images, intensity: str = "auto") -> npt.NDArray[np.float32]:
     """How like a test image each outlier is at most: 1 is a copy, 0 nothing in common or unreadable, (N,).
 
     Grey thumbnails are described by their low frequencies as pHash does it, and correlated instead of rounded to bits.
@@ -102,25 +103,26 @@ def likeness(test: Images, outliers: Images) -> npt.NDArray[np.float32]:
     Args:
         test: Images that must not be trained on.
         outliers: Candidates, each read once, a part at a time.
+        intensity: See AnomalyDataModule.
     """
-    _, grey = _thumbnails(test, np.arange(len(test)))
+    view = View(SIDE, "squash", 0, "bilinear", intensity=intensity)
+    _, grey = _thumbnails(test, np.arange(len(test)), view)
     copies = {picture.tobytes() for picture in grey.numpy()}  # flat ones too, which have no correlation
     bank = torch.cat([_windows(part) for part in torch.split(grey, 256)])
     found = np.zeros(len(outliers), dtype=np.float32)
     for start in track(range(0, len(outliers), ROWS), "Outliers beside test images", transient=True):
-        rows, grey = _thumbnails(outliers, np.arange(start, min(start + ROWS, len(outliers))))
+        rows, grey = _thumbnails(outliers, np.arange(start, min(start + ROWS, len(outliers))), view)
         found[rows] = _correlation(bank, grey).numpy()
         found[rows[[picture.tobytes() in copies for picture in grey.numpy()]]] = 1
     return found
 
 
-def _thumbnails(images: Images, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Tensor]:
+def _thumbnails(images: Images, rows: npt.NDArray[np.int64], view: View) -> tuple[npt.NDArray[np.int64], Tensor]:
     """Which rows can be read, and their grey values (R, SIDE, SIDE)."""
-    view = View(SIDE, "squash", 0, "bilinear")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda row: decode(view, images.sources[row]), rows))
-    readable = np.array([not isinstance(picture, str) for picture in found], dtype=np.bool_)
-    pictures = np.array([p for p in found if not isinstance(p, str)], dtype=np.uint8).reshape(-1, 3, SIDE, SIDE)
+        found = [seen.pixels for seen in pool.map(lambda row: look(view, images.sources[row]), rows)]
+    readable = np.array([picture is not None for picture in found], dtype=np.bool_)
+    pictures = np.array([p for p in found if p is not None], dtype=np.uint8).reshape(-1, 3, SIDE, SIDE)
     red, green, blue = torch.from_numpy(pictures).unbind(dim=1)
     return rows[readable], 0.299 * red + 0.587 * green + 0.114 * blue
 

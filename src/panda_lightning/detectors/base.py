@@ -377,12 +377,20 @@ class Detector(Checked, pl.LightningModule, ABC):
         return self._merged
 
     def _log_auroc(self, stage: str) -> None:
-        scores = self.merged_scores()
-        auroc = metrics.auroc(scores.score, scores.label)
+        scores, name = self.merged_scores(), f"{stage}/{self.auroc_name}"
         self._scored, self._steps_scored = (scores.index, scores.score, scores.label), self.steps_trained
-        if auroc != auroc and not self.trainer.sanity_checking:
-            rank_zero_warn("AUROC is NaN: the images scored are all normal, or all anomalous.")
-        values = {f"{stage}/{self.auroc_name}": auroc, "epochs_trained": self.epochs_trained}
+        values = {"epochs_trained": self.epochs_trained}
+        if scores.both:
+            values[name] = metrics.auroc(scores.score, scores.label)
+        elif not self.trainer.sanity_checking:
+            kind = "anomalous" if scores.label.any() else "normal"
+            why = f"the {len(scores.label)} images scored are all {kind}" if len(scores.label) else "nothing is scored"
+            rank_zero_warn(f"There is no {name}: {why}.")
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if getattr(callback, "monitor", None) == name:
+                    raise PandaError(
+                        f"{type(callback).__name__} waits for {name}, and {why}: leave monitor={name} out."
+                    )
         # the same on every process already; float64 so that no digit is lost
         self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
 

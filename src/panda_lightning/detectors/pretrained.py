@@ -142,7 +142,8 @@ class PretrainedDetector(Detector):
     @override
     def on_fit_start(self) -> None:
         budget = int(self.prefix_cache_gb * 2**30)
-        for loader in self.cached_dataloaders() if budget else ():
+        loaders: Any = self.cached_dataloaders() if budget else ()
+        for loader in (one for one in loaders if len(one.dataset)):
             budget -= cache_prefix(
                 self.trainer, self.backbone, loader, budget, self.prefix_cache_half, self.prefix_cache_dir
             )

@@ -92,11 +92,13 @@ class SegmentationDetector(PretrainedDetector):
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         found = super().validation_step(batch, batch_idx)
-        low, high = (float(value) for value in found["map"].aminmax())
-        least, largest = self.value_range or (low, high)
-        self.value_range = (min(low, least), max(high, largest))
+        if len(shown := found["map"][batch["index"] >= 0]):
+            low, high = (float(value) for value in shown.aminmax())
+            least, largest = self.value_range or (low, high)
+            self.value_range = (min(low, least), max(high, largest))
         if "mask" in batch:
-            self.pixels.add(found["map"], batch["mask"])
+            known = batch["has_mask"]
+            self.pixels.add(found["map"][known], batch["mask"][known])
         return found
 
     test_step = validation_step

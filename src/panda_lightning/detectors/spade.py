@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -10,7 +11,7 @@ from panda_lightning.arguments import Amount, Count
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector, resized
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.search.knn import Backend, KNNIndex
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
 class SPADE(SegmentationDetector):
@@ -26,7 +27,7 @@ class SPADE(SegmentationDetector):
     Args:
         backbone: See SegmentationDetector.
         weights: See SegmentationDetector.
-        k: Normal images to compare with (50 in the paper).
+        k: Normal images to compare with (50 in the paper); where there are fewer, all of them.
         levels: See SegmentationDetector.
         sigma: See SegmentationDetector.
         tile: See SegmentationDetector.
@@ -58,9 +59,7 @@ class SPADE(SegmentationDetector):
     def accept(self, data: Any) -> None:
         super().accept(data)
         if self.bank is None and self.k > (size := len(data.normal_images)):
-            raise PandaError(
-                f"k={self.k} images to compare with, but there are {size} normal ones: choose 1 to {size}."
-            )
+            rank_zero_info(f"SPADE compares with all {size} normal images, fewer than k={self.k}.")
 
     @override
     def embed(self, batch: Batch) -> Tensor:
@@ -82,8 +81,9 @@ class SPADE(SegmentationDetector):
     @override
     def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.embed(batch)
-        distances, nearest = self.index.search(rows[:, : self.backbone.num_features], self.k)
         assert self.bank is not None
+        k = min(self.k, len(self.bank))
+        distances, nearest = self.index.search(rows[:, : self.backbone.num_features], k)
         size = batch["image"].shape[-1]
         maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]
         return distances.sqrt().mean(dim=1), torch.stack(maps)

@@ -22,13 +22,13 @@ from jsonargparse import Namespace
 from PIL import Image
 from rich import box, get_console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
-from panda_lightning.datamodules.images import Images, View, decode, relative
+from panda_lightning.datamodules.images import Images
+from panda_lightning.datamodules.reading import Facts, looks, remarks
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
@@ -56,25 +56,16 @@ def run(config: Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One image: width and height in pixels, Pillow's mode, SHA-256 and bytes of the file or array row."""
-
-    size: tuple[int, int] = (0, 0)
-    mode: str = ""
-    digest: bytes = b""
-    disk: int = 0
-    unreadable: str = ""  # the reason, if so
-
-
-@dataclass(frozen=True)
 class Survey:
-    """One split: its images, a name and the facts of each, and why a mask is unreadable by its name."""
+    """One split: its images; a name, the facts and the content's SHA-256 of each; problems, and mere notes."""
 
     split: Split
     images: Images
     names: list[str]
     facts: list[Facts]
-    bad_masks: dict[str, str]
+    digests: list[bytes]
+    problems: list[str]
+    notes: list[str]
 
     @cached_property
     def readable(self) -> npt.NDArray[np.bool_]:
@@ -84,7 +75,7 @@ class Survey:
     @cached_property
     def first(self) -> dict[bytes, int]:
         """The first readable image of each content."""
-        return {fact.digest: i for i, fact in reversed(list(enumerate(self.facts))) if not fact.unreadable}
+        return {digest: i for i, digest in reversed(list(enumerate(self.digests))) if self.readable[i]}
 
 
 def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
@@ -124,18 +115,20 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
         if len(used) == 2:
             attempt(lambda: data.setup("fit"))
 
+    for split, images in used.items():  # masks that lack are known only where it is known what is anomalous
+        surveys[split].problems.extend(p for p in images.problems if p not in surveys[split].problems)
+    if "test" in used and not data.is_anomalous(used["test"].targets).any():
+        surveys["test"].notes.append("there are no anomalous images, so there is no AUROC.")
     copies = _copies(surveys)
     defects = {
         "refusals": list(refusals),
         "empty classes": [] if number is None else _empty_classes(data, surveys, list(used)),
-        "problems": [f"{s.split}: {problem}" for s in surveys.values() for problem in s.images.problems],
+        "problems": [f"{s.split}: {problem}" for s in surveys.values() for problem in s.problems],
         "unreadable files": [
-            f"{name} cannot be read: {reason}."
+            f"{name} cannot be read: {fact.unreadable}."
             for s in surveys.values()
-            for name, reason in (
-                *((name, fact.unreadable) for name, fact in zip(s.names, s.facts, strict=True) if fact.unreadable),
-                *s.bad_masks.items(),
-            )
+            for name, fact in zip(s.names, s.facts, strict=True)
+            if fact.unreadable
         ],
         "copies": [f"test image {test} is a copy of training image {train}." for test, train in copies],
     }
@@ -144,6 +137,9 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
     if surveys:
         console.print(_classes_table(data, surveys, number))
         console.print(_files_table(data, surveys, used, number))
+        for survey in surveys.values():
+            for note in survey.notes:
+                console.print(f"{survey.split}: {note}", soft_wrap=True, markup=False, highlight=False)
     if len(used) == 2:
         text = data.manifest()
         rule = "the split follows a rule of ours" if data.own_split else "the split is the data set's own"
@@ -163,32 +159,21 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
 
 
 def _survey(data: AnomalyDataModule, split: Split, images: Images) -> Survey:
-    view = data.view
-    if isinstance(images.sources, np.ndarray):
-        names = [f"row {i}" for i in range(len(images))]
-    else:
-        names = [relative(path, data.root) for path in images.sources]
-    masks = [mask for mask in images.masks or () if mask is not None]
+    names = data.names(images) if len(images) and isinstance(images.sources[0], Path) else _rows(len(images))
+    facts = [seen.facts for seen in looks(images, data.view, f"Looking at {split} images", extremes=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(lambda source: _look(view, source), images.sources)
-        facts = list(track(looks, f"Looking at {split} images", total=len(images), transient=True))
-        reasons = list(pool.map(lambda mask: decode(view, mask), masks))
-    bad = {relative(m, data.root): r for m, r in zip(masks, reasons, strict=True) if isinstance(r, str)}
-    return Survey(split, images, names, facts, bad)
+        digests = list(pool.map(_digest, images.sources))
+    problems, notes = remarks(images, facts, data.view)
+    return Survey(split, images, names, facts, digests, [*images.problems, *problems], [*images.notes, *notes])
 
 
-def _look(view: View, source: Path | npt.NDArray[np.uint8]) -> Facts:
-    if isinstance(source, np.ndarray):
-        height, width = source.shape[:2]
-        mode = "L" if source.ndim == 2 else "RGB"
-        return Facts((width, height), mode, hashlib.sha256(source.tobytes()).digest(), source.nbytes)
-    pixels = decode(view, source)  # as training reads it, and with the same reasons
-    if isinstance(pixels, str):
-        return Facts(unreadable=pixels.rstrip("."))
-    with Image.open(source) as image:
-        size, mode = image.size, image.mode
-    content = source.read_bytes()
-    return Facts(size, mode, hashlib.sha256(content).digest(), len(content))
+def _rows(count: int) -> list[str]:
+    return [f"row {i}" for i in range(count)]
+
+
+def _digest(source: Path | npt.NDArray[np.uint8]) -> bytes:
+    content = source.tobytes() if isinstance(source, np.ndarray) else source.read_bytes() if source.is_file() else b""
+    return hashlib.sha256(content).digest()
 
 
 def _copies(surveys: dict[Split, Survey]) -> list[tuple[str, str]]:
@@ -196,7 +181,7 @@ def _copies(surveys: dict[Split, Survey]) -> list[tuple[str, str]]:
     if len(surveys) < 2:
         return []
     train, test = (surveys[split] for split in SPLITS)
-    pairs = zip(test.names, (train.first.get(fact.digest) for fact in test.facts), strict=True)
+    pairs = zip(test.names, (train.first.get(digest) for digest in test.digests), strict=True)
     return [(name, train.names[row]) for name, row in pairs if row is not None]
 
 
@@ -269,6 +254,8 @@ def _files_table(
         add("anomalous", lambda s: share(s, True))
         add("used by the protocol", lambda s: str(len(used[s.split])) if s.split in used else "none")
     add("width x height", _sizes)
+    add("values", _values)
+    add("turned by EXIF", lambda s: str(sum(f.turned for f in s.facts)))
     add("modes", lambda s: ", ".join(f"{m} {n}" for m, n in Counter(f.mode for f in s.facts if f.mode).most_common()))
     add("unreadable", lambda s: str((~s.readable).sum()))
     add("copies within the split", lambda s: str(s.readable.sum() - len(s.first)))
@@ -287,6 +274,16 @@ def _sizes(survey: Survey) -> str:
         return ""
     three = [f"{width} x {height}" for width, height in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
     return three[0] if sizes[0] == sizes[-1] else f"{three[0]} to {three[2]}\nmedian {three[1]}"
+
+
+def _values(survey: Survey) -> str:
+    """The range of the files' values by mode, which tells what ``intensity`` they need."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for fact in survey.facts:
+        if fact.extremes is not None:
+            low, high = ranges.get(fact.mode, fact.extremes)
+            ranges[fact.mode] = (min(low, fact.extremes[0]), max(high, fact.extremes[1]))
+    return "\n".join(f"{mode} {low:g} to {high:g}" for mode, (low, high) in ranges.items())
 
 
 def _disk(survey: Survey) -> int:

@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Bounds, Count, Seed
 from panda_lightning.cli import OneSentenceParser
-from panda_lightning.datamodules.images import ImageDataset, Images, View, as_is, decoded
+from panda_lightning.datamodules.images import Images, View
 from panda_lightning.datamodules.layout import images_below
+from panda_lightning.datamodules.reading import ImageDataset, as_is, decoded
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.fingerprint import fingerprint

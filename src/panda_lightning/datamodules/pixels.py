@@ -1,0 +1,321 @@
+"""How a file becomes pixels: one rule for training, prediction, masks and ``panda check-data``.
+
+Orientation: a picture is turned as its EXIF tag says.
+
+Colour: grey is repeated, an alpha channel dropped. Of files with several pictures the first counts.
+
+Intensity: 8 bits stay as they are. What is deeper follows one rule for all images of a data set. Nothing is stretched
+image by image, which would hide how bright a picture is.
+
+- ``auto``: the range of the file's own format: 16 bits 0 to 65535, floating point 0 to 1, DICOM its window (or else its
+  bits). 32-bit integers, which have none, are refused.
+- ``bits:N``: whole numbers from 0 to 2**N - 1; larger ones are refused. 8-bit files stay as they are.
+- ``window:LO,HI``: LO becomes 0 and HI becomes 255, of whatever the file holds; what lies beyond is clipped. In DICOM
+  these are values after its slope and intercept, in 8-bit files 0 to 255.
+
+DICOM: see datamodules/dicom.py.
+
+Masks: 0 is background, any other value is anomalous. In colours black is background; where transparency varies, what is
+transparent is. Lossy files (JPEG, WebP, AVIF) are cut at 127. ``mask_values`` names the anomalous values instead.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pbm",
+    ".jp2", ".dcm", ".dicom",
+)  # fmt: skip
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's number
+ORIENTATION = 0x0112
+
+Source = Path | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """A rule that makes 8 bits of deeper values, see above.
+
+    Attributes:
+        kind: auto, bits or window.
+        low: What becomes 0.
+        high: What becomes 255.
+    """
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> "Intensity":
+        """Read auto, bits:N or window:LO,HI.
+
+        Raises:
+            ValueError: If it is none of these.
+        """
+        kind, _, numbers = text.partition(":")
+        if text == "auto":
+            return Intensity("auto")
+        if kind == "bits" and numbers.isdecimal() and 8 <= int(numbers) <= 32:
+            return Intensity(kind, 0, 2 ** int(numbers) - 1)
+        if kind == "window":
+            low, high = (float(number) for number in numbers.split(","))
+            if -np.inf < low < high < np.inf:
+                return Intensity(kind, low, high)
+        raise ValueError(text)
+
+    def deep(self, values: npt.NDArray[Any], natural: tuple[float, float] | None) -> npt.NDArray[np.uint8]:
+        """Make 8 bits of the values (H, W) or (H, W, 3) of a file.
+
+        Args:
+            values: Whole or floating-point numbers.
+            natural: The range that ``auto`` takes, where the format has one.
+
+        Raises:
+            ValueError: If the rule does not suit them.
+        """
+        whole = values.dtype.kind in "ui"
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        if not np.isfinite([low, high]).all():
+            raise ValueError("some values are NaN or infinite")
+        says = f"its values, {low:g} to {high:g},"
+        if self.kind == "bits":
+            if not whole:
+                raise ValueError(f"{says} are floating-point: set intensity to window:LO,HI")
+            if low < 0 or high > self.high:
+                raise ValueError(f"{says} exceed bits:{int(self.high).bit_length()}, 0 to {self.high:g}")
+            return (values >> (int(self.high).bit_length() - 8)).astype(np.uint8)
+        if self.kind == "auto" and natural is None:
+            raise ValueError(f"{says} have no range of their own: set intensity to bits:N or window:LO,HI")
+        if self.kind == "auto" and natural == (0, 65535):
+            return (values >> 8).astype(np.uint8)
+        if self.kind == "auto" and natural == (0, 1) and (low < 0 or high > 1):
+            raise ValueError(f"{says} lie outside 0 to 1: set intensity to window:LO,HI")
+        bottom, top = natural if self.kind == "auto" and natural is not None else (self.low, self.high)
+        scaled = (values.astype(np.float64) - bottom) * 255 / (top - bottom)
+        return scaled.clip(0, 255).round().astype(np.uint8)
+
+    def shallow(self, image: Image.Image) -> Image.Image:
+        """The same for a picture of 8 bits, which only a window changes."""
+        if self.kind != "window":
+            return image
+        table = self.deep(np.arange(256), None).tolist()
+        return image.point(table * len(image.getbands()))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a file holds, upright.
+
+    Attributes:
+        mode: Pillow's name for it, or DICOM.
+        orientation: EXIF's number, 1 where it says none.
+        picture: RGB, of 8 bits; None where values are deeper.
+        values: Deeper values (H, W) or (H, W, 3).
+        natural: See Intensity.deep.
+        inverted: Whether large values are dark.
+    """
+
+    mode: str
+    orientation: int = 1
+    picture: Image.Image | None = None
+    values: npt.NDArray[Any] | None = None
+    natural: tuple[float, float] | None = None
+    inverted: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        if self.picture is not None:
+            return self.picture.size
+        assert self.values is not None
+        return self.values.shape[1], self.values.shape[0]
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The least and the largest value."""
+        if self.values is not None:
+            return float(self.values.min()), float(self.values.max())
+        assert self.picture is not None
+        bands = self.picture.getextrema()
+        return float(min(low for low, _ in bands)), float(max(high for _, high in bands))  # type: ignore[misc]
+
+    def rgb(self, intensity: str) -> Image.Image:
+        """The picture by a rule for intensity."""
+        rule = Intensity.parse(intensity)
+        if self.picture is not None:
+            return rule.shallow(self.picture)
+        assert self.values is not None
+        grey = rule.deep(self.values, self.natural)
+        return Image.fromarray(255 - grey if self.inverted else grey).convert("RGB")
+
+
+def read_rgb(source: Source, intensity: str = "auto", max_megapixels: float | None = None) -> Image.Image:
+    """Read an upright RGB image; see ``opened``."""
+    return opened(source, intensity != "auto", max_megapixels).rgb(intensity)
+
+
+def opened(source: Source, exact: bool = False, max_megapixels: float | None = None) -> Opened:
+    """Read a file or an array, see this module's beginning.
+
+    Args:
+        source: A file, or an array (H, W) or (H, W, 3).
+        exact: Read 16-bit colour, too, with all its bits; as it is, it becomes 8 bits by leaving out the lower ones.
+        max_megapixels: How large an image may be; None is Pillow's limit.
+
+    Raises:
+        OSError, ValueError: If it cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        return Opened("L" if source.ndim == 2 else "RGB", picture=Image.fromarray(source).convert("RGB"))
+    if source.suffix.lower() in (".dcm", ".dicom"):
+        from panda_lightning.datamodules import dicom  # pydicom is slow to import
+
+        values, natural, inverted = dicom.read(source)
+        if natural == (0, 255) and values.ndim == 3:
+            return Opened("DICOM", picture=Image.fromarray(values))
+        return Opened("DICOM", values=values, natural=natural, inverted=inverted)
+    with _image(source, max_megapixels) as image:
+        mode, raw = image.mode, str(next((tile[3] for tile in getattr(image, "tile", ())), ""))
+        _, orientation = frame(image)  # which may load it
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's own word for it
+        if exact and "16" in raw and mode in ("RGB", "RGBA", "LA"):
+            return Opened(mode, orientation, values=_turned(_colour16(source), orientation), natural=(0, 65535))
+        image = upright(image)
+        if mode.startswith("I;16") or (
+            mode == "I" and (raw == "I;16B" or image.format == "PPM")
+        ):  # as older Pillows say
+            full = 2 ** min(bits, 16) - 1
+            return Opened(mode, orientation, values=np.asarray(image).astype(np.uint16), natural=(0, full))
+        if mode in ("I", "F"):
+            return Opened(mode, orientation, values=np.asarray(image), natural=(0, 1) if mode == "F" else None)
+        return Opened(mode, orientation, picture=image.convert("RGB"))
+
+
+def frame(image: Image.Image) -> tuple[tuple[int, int], int]:
+    """Width and height of the upright image, and EXIF's number of its orientation, before it is loaded."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    swapped = orientation in TURNS and orientation >= 5 and image.format != "TIFF"  # which Pillow itself turns
+    return (image.size[::-1] if swapped else image.size), orientation
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF tag says."""
+    image.load()  # a TIFF is turned by that, and has lost its tag
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+_LIMIT = Lock()  # Pillow's limit is one for all threads
+
+
+def _image(source: Path, max_megapixels: float | None = None) -> Image.Image:
+    file: Any = source
+    if source.suffix.lower() in (".tif", ".tiff"):  # Pillow maps such files, and scrambles them where a tag turns them
+        file = BytesIO(source.read_bytes())
+    if max_megapixels is None:
+        return Image.open(file)
+    with _LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    if image.width * image.height > max_megapixels * 1e6:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than max_megapixels={max_megapixels:g}")
+    return image
+
+
+def _colour16(source: Path) -> npt.NDArray[np.uint16]:
+    """The values (H, W, 3) of a PNG of 16 bits a channel."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    if source.suffix.lower() != ".png":
+        raise ValueError("16-bit colour is read in PNG alone: save it so, or leave intensity out")
+    values: npt.NDArray[np.uint16] = decode_image(str(source), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    return values[..., :3] if values.shape[2] > 2 else values[..., :1].repeat(3, axis=2)
+
+
+def _turned(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """An array (H, W, C) as EXIF's number says: numbers above 4 swap its sides."""
+    if orientation >= 5:
+        values = values.swapaxes(0, 1)
+    down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(values[:: -1 if down else 1, :: -1 if across else 1])
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+
+
+def read_mask(path: Path, image: Opened, values: tuple[int, ...] | None = None) -> tuple[Image.Image, bool]:
+    """Read the mask of an image in the image's upright frame: a grey picture, 255 where anomalous.
+
+    A mask is turned as its own EXIF tag says. One without a tag was drawn on the upright image, or, where its sides
+    fit only then, on the image as it is stored, and is turned like it.
+
+    Args:
+        path: The mask's file.
+        image: What it belongs to.
+        values: The values that are anomalous: of grey, or of a palette's numbers.
+
+    Returns:
+        The mask, of its own size or, if that has other sides than the image, of the image's; and whether it has.
+
+    Raises:
+        OSError, ValueError: If it cannot be read.
+    """
+    with _image(path) as mask:
+        size, own = frame(mask)
+        mask.load()  # turns a TIFF, which its array would not know
+        anomalous = Image.fromarray(_anomalous(mask, values).astype(np.uint8) * 255)
+    if mask.format == "TIFF":
+        own = 1  # it is upright by now
+    elif own == 1 and image.orientation >= 5 and not _alike(size, image.size) and _alike(size[::-1], image.size):
+        own = image.orientation
+    found = anomalous.transpose(TURNS[own]) if own in TURNS else anomalous
+    if _alike(found.size, image.size):
+        return found, False
+    return found.resize(image.size, Image.Resampling.NEAREST), True
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes have the same sides, but for two parts in a hundred or a pixel."""
+    scale = [one[i] / other[i] for i in range(2)]
+    return abs(scale[0] / scale[1] - 1) < max(0.02, *(1.5 / side for side in (*one, *other)))
+
+
+def _anomalous(mask: Image.Image, values: tuple[int, ...] | None) -> npt.NDArray[np.bool_]:
+    """Which pixels (H, W) of a mask's file are anomalous."""
+    cut = 127 if mask.format in LOSSY else 0
+    if values is not None:
+        numbers = mask if mask.mode == "P" or mask.mode[0] in "LIF1" else mask.convert("L")
+        return np.isin(np.asarray(numbers).reshape(mask.height, mask.width, -1)[..., 0], values)
+    if "A" in mask.mode or "transparency" in mask.info:
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        if alpha.min() < alpha.max():
+            return alpha > 0
+    if mask.mode[0] in "IF1" or mask.mode == "L":
+        return np.asarray(mask) > cut
+    colours = np.asarray(mask.convert("RGB")).max(axis=2)
+    if mask.mode == "P" and (colours.min() > 0 or colours.max() == 0):  # a palette without black, or with nothing else
+        colours = np.asarray(mask)
+    found: npt.NDArray[np.bool_] = colours > cut
+    return found

@@ -1,0 +1,86 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from panda_lightning.datamodules.layout import folders_in, images_below, listed, masks_of, passed_over
+from tests.conftest import picture
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_endings_are_read_alike_and_others_are_counted(tmp_path):
+    names = ["a.PNG", "b.JPG", "c.jfif", "d.bmp", "e.gif", "f.avif", "g.tif", "h.TIFF", "i.webp", "j.dcm", "k.png"]
+    touch(*(tmp_path / name for name in names))
+    touch(tmp_path / "x.heic", tmp_path / "y.HEIC", tmp_path / "deep/z.txt", tmp_path / "noending")
+    images, others = listed(tmp_path)
+    assert [path.name for path in images] == names
+    assert others == {".heic": 2, ".txt": 1, "without ending": 1}
+    (note,) = passed_over(others)
+    assert note.startswith("4 files are passed over: .heic 2, ")
+    assert passed_over(listed(tmp_path / "nothing")[1]) == ()
+
+
+def test_a_systems_own_files_and_folders_do_not_count(tmp_path):
+    touch(tmp_path / "good/a.png")
+    for junk in (".hidden/a.png", "__MACOSX/good/._a.png", ".ipynb_checkpoints/a-checkpoint.png", "good/._a.png",
+                 "good/.DS_Store", "good/Thumbs.db", "good/.ipynb_checkpoints/a.png"):  # fmt: skip
+        touch(tmp_path / junk)
+    assert [path.name for path in folders_in(tmp_path)] == ["good"]
+    images, others = listed(tmp_path)
+    assert images == [tmp_path / "good/a.png"]
+    assert not others
+
+
+def test_links_are_followed_and_loops_and_dead_links_counted(tmp_path):
+    touch(tmp_path / "root/a.png", tmp_path / "elsewhere/b.png", tmp_path / "elsewhere/deep/c.png")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/link.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (tmp_path / "root/dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "root")
+    (tmp_path / "elsewhere/again").symlink_to(tmp_path / "elsewhere/deep")  # twice, but no loop
+    images, others = listed(tmp_path / "root")
+    names = [path.relative_to(tmp_path / "root").as_posix() for path in images]
+    assert names == ["a.png", "link.png", "linked/again/c.png", "linked/b.png", "linked/deep/c.png"]
+    assert others == {"dead links": 1, "links to a folder above": 2}
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    picture("spot", 0).save(tmp_path / "a.png")
+    try:
+        shutil.copy(tmp_path / "a.png", path)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert len(images_below(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "found"),
+    [
+        ("a.png", "a_mask.png", True),
+        ("a.png", "a.png", True),
+        ("a.jpg", "a_mask.bmp", True),
+        ("a.jpg", "a_mask.TIF", True),
+        ("A.PNG", "a_MASK.png", True),
+        ("deep/a.png", "deep/a_mask.jpg", True),
+        ("a.b.png", "a.b_mask.png", True),
+        ("a.png", "ab_mask.png", False),
+        ("deep/a.png", "a_mask.png", False),
+    ],
+)
+def test_masks_are_found_by_name(tmp_path, image, mask, found):
+    touch(tmp_path / "test" / image, tmp_path / "masks" / mask)
+    expected = [tmp_path / "masks" / mask] if found else [None]
+    assert masks_of([tmp_path / "test" / image], tmp_path / "test", tmp_path / "masks") == expected
+
+
+def test_a_mask_of_the_very_name_comes_first(tmp_path):
+    touch(*(tmp_path / "masks" / name for name in ("a.png", "a_mask.png", "A_mask.png")))
+    assert masks_of([tmp_path / "t/A.png"], tmp_path / "t", tmp_path / "masks") == [tmp_path / "masks/A_mask.png"]
+    assert masks_of([tmp_path / "t/a.png"], tmp_path / "t", tmp_path / "masks") == [tmp_path / "masks/a_mask.png"]

@@ -90,7 +90,8 @@ class ImageFolder(AnomalyDataModule):
         return [folder for folder in folders_in(self._above(split)) if folder.name != "ground_truth"]
 
     def _missing(self) -> str:
-        bare = [folder.name for folder in folders_in(self.root) if listed(folder)[0]]
+        found = [folder.name for folder in folders_in(self.root) if listed(folder)[0]]
+        bare = [name for name in found if name != "ground_truth"]
         if self.split is None and bare and not {"train", "test"} & set(bare):
             return (
                 f"{self.root} holds {', '.join(bare[:8])}, but neither train nor test: set data.split=0.8 to train on "

@@ -159,8 +159,9 @@ class DeepSVDD(Detector):
     @override
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self.centre is not None:
-            farthest = self.merged_scores().score.max() + self.radius.cpu().square()
+        scores = self.merged_scores().score
+        if self.centre is not None and len(scores):
+            farthest = scores.max() + self.radius.cpu().square()
             if farthest <= 1e-6 * self.centre.cpu().square().sum():
                 rank_zero_warn(
                     "Deep SVDD: no image is farther from the centre than a thousandth of the centre's length (d <= "

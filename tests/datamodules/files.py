@@ -70,3 +70,63 @@ def dicom(path: Path, values: np.ndarray, bits: int = 12, kind: str = "MONOCHROM
     ).tobytes()
     data.save_as(path, enforce_file_format=True)
     return path
+
+
+def reencode(source: Path, target: Path, kind: str) -> str:
+    """Write a picture anew, of the same content in another form.
+
+    Args:
+        source: A picture of 8 bits.
+        target: Where to write it; its ending is replaced.
+        kind: grey, 16, 12, 10, int32, float, dicom or monochrome1 (all of them its grey values, 12 and 10 in files of
+            16 bits); or colour and turned (JPEG of quality 95 without and with an EXIF tag, one of the eight by name).
+
+    Returns:
+        The rule for intensity that it needs.
+    """
+    image = Image.open(source)
+    grey = np.asarray(image.convert("L")).astype(np.uint16)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if kind in ("colour", "turned"):
+        number = 1 + zlib.crc32(source.name.encode()) % 8 if kind == "turned" else 1
+        path = with_orientation(target.with_suffix(".jpg"), np.asarray(image.convert("RGB")), number, quality=95)
+        return "auto" if path.is_file() else ""
+    if kind == "dicom":
+        dicom(target.with_suffix(".dcm"), grey * 16, WindowCenter=2048, WindowWidth=4096)
+    elif kind == "monochrome1":
+        dicom(target.with_suffix(".dcm"), 4095 - grey * 16, kind="MONOCHROME1")
+    elif kind == "float":
+        Image.fromarray((grey / 255).astype(np.float32)).save(target.with_suffix(".tif"))
+    elif kind == "int32":
+        Image.fromarray(grey.astype(np.int32) * 257).save(target.with_suffix(".tif"))
+    else:
+        factor = {"grey": 1, "16": 257, "12": 16, "10": 4}[kind]
+        values = grey.astype(np.uint8) if kind == "grey" else grey * factor
+        Image.fromarray(values).save(target.with_suffix(".png"))
+    return {"12": "bits:12", "10": "bits:10", "int32": "bits:16"}.get(kind, "auto")
+
+
+def redraw(source: Path, target: Path, kind: str) -> Path:
+    """Write a mask anew, of the same pixels in another form.
+
+    Args:
+        source: A mask, 0 where normal.
+        target: Where to write it, without the ``_mask.png`` that most kinds get.
+        kind: white, one, hundred, palette, red, transparent, double (twice as large), plain_name, bmp, upper or jpeg.
+    """
+    drawn = np.asarray(Image.open(source).convert("L")) > 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = {"plain_name": "{}.png", "bmp": "{}_mask.bmp", "upper": "{}_MASK.PNG", "jpeg": "{}_mask.jpg"}
+    path = target.with_name(name.get(kind, "{}_mask.png").format(target.name))
+    image = Image.fromarray(drawn.astype(np.uint8) * {"one": 1, "hundred": 100}.get(kind, 255))
+    if kind == "palette":
+        image = Image.fromarray(drawn.astype(np.uint8))
+        image.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+    elif kind == "red":
+        image = Image.merge("RGB", [image, image.point(lambda _: 0), image.point(lambda _: 0)])
+    elif kind == "transparent":
+        image = Image.merge("LA", [image.point(lambda _: 255), image])
+    elif kind == "double":
+        image = image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
+    image.save(path)
+    return path

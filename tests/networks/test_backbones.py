@@ -126,6 +126,15 @@ def test_batchnorm_stays_in_eval_mode():
     assert not any(m.training for m in nn.ModuleList([backbone]).train().modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.parametrize(("side", "sentence"), [(225, "224 or 240"), (239, "224 or 240"), (8, "16 or more")])
+def test_a_side_that_patches_do_not_divide_is_refused(side, sentence):
+    backbone = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=10, dynamic_img_size=True), 2)
+    with pytest.raises(PandaError, match=rf"image_size={side} is .* vit_tiny_patch16_224: choose {sentence}\."):
+        backbone.require_side("image_size", side)
+    backbone.require_side("image_size", 240)
+    assert backbone(torch.zeros(1, 3, 240, 240, dtype=torch.uint8)).shape == (1, 192)
+
+
 def test_the_bundled_network_loads_without_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", _no_network)
     backbone = Backbone.pretrained("panda_tiny")

@@ -105,20 +105,22 @@ def likeness(test: Images, outliers: Images, intensity: str = "auto") -> npt.NDA
         outliers: Candidates, each read once, a part at a time.
         intensity: See AnomalyDataModule.
     """
-    view = View(SIDE, "squash", 0, "bilinear", intensity=intensity)
-    _, grey = _thumbnails(test, np.arange(len(test)), view)
+    _, grey = _thumbnails(test, np.arange(len(test)), intensity)
     copies = {picture.tobytes() for picture in grey.numpy()}  # flat ones too, which have no correlation
     bank = torch.cat([_windows(part) for part in torch.split(grey, 256)])
     found = np.zeros(len(outliers), dtype=np.float32)
     for start in track(range(0, len(outliers), ROWS), "Outliers beside test images", transient=True):
-        rows, grey = _thumbnails(outliers, np.arange(start, min(start + ROWS, len(outliers))), view)
+        rows, grey = _thumbnails(outliers, np.arange(start, min(start + ROWS, len(outliers))), intensity)
         found[rows] = _correlation(bank, grey).numpy()
         found[rows[[picture.tobytes() in copies for picture in grey.numpy()]]] = 1
     return found
 
 
-def _thumbnails(images: Images, rows: npt.NDArray[np.int64], view: View) -> tuple[npt.NDArray[np.int64], Tensor]:
+def _thumbnails(
+    images: Images, rows: npt.NDArray[np.int64], intensity: str = "auto"
+) -> tuple[npt.NDArray[np.int64], Tensor]:
     """Which rows can be read, and their grey values (R, SIDE, SIDE)."""
+    view = View(SIDE, "squash", 0, "bilinear", intensity=intensity)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [seen.pixels for seen in pool.map(lambda row: look(view, images.sources[row]), rows)]
     readable = np.array([picture is not None for picture in found], dtype=np.bool_)

@@ -91,12 +91,8 @@ class PretrainedDetector(Detector):
         super().accept(data)
         if self.prefix_cache_dir is not None and self.trainer.state.fn == "fit":
             require_folder("prefix_cache_dir", self.prefix_cache_dir)
-        size = data.view.size
-        if hasattr(self, "backbone") and size < self.backbone.stride:
-            raise PandaError(
-                f"image_size={size} is smaller than the stride of {self.backbone.architecture}: "
-                f"choose {self.backbone.stride} or more."
-            )
+        if hasattr(self, "backbone"):
+            self.backbone.require_side("image_size", data.view.size)
 
     @override
     def whole(self) -> dict[str, Any]:

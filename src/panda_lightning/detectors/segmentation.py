@@ -118,11 +118,9 @@ class SegmentationDetector(PretrainedDetector):
         super().accept(data)
         level_pieces(self.backbone, self.levels)  # what the network lacks is said before images are decoded
         size, tile = data.view.size, self.tile or data.view.size
-        if size % tile or tile < self.backbone.stride:
-            raise PandaError(
-                f"tile={tile} does not suit image_size={size}: choose a divisor of at least {self.backbone.stride}, "
-                f"the stride of {self.backbone.architecture}."
-            )
+        if size % tile:
+            raise PandaError(f"tile={tile} does not suit image_size={size}: choose a divisor.")
+        self.backbone.require_side("tile", tile)
 
     def pyramid(self, images: Tensor, pooled: bool = False) -> list[Tensor]:
         """Float32 feature maps (B, C, h, w) of images (B, 3, S, S), one a level; with ``pooled``, then (B, D)."""

@@ -154,6 +154,25 @@ class Backbone(nn.Module):
         """Pixels of the input for one of the last feature map."""
         return int(as_timm(self.model).feature_info[-1]["reduction"])
 
+    def require_side(self, name: str, side: int) -> None:
+        """Refuse a side of images, in pixels, that the network cannot take.
+
+        Raises:
+            PandaError: Naming the sides nearest to it.
+        """
+        patch = getattr(getattr(as_timm(self.model), "patch_embed", None), "patch_size", (1, 1))[0]
+        least = max(self.stride, patch)
+        if side < least:
+            raise PandaError(
+                f"{name}={side} is smaller than the stride of {self.architecture}: choose {least} or more."
+            )
+        if side % patch:
+            below = side // patch * patch
+            raise PandaError(
+                f"{name}={side} is no multiple of the {patch} px patches of {self.architecture}: choose {below} or "
+                f"{below + patch}."
+            )
+
     @property
     def num_features(self) -> int:
         """Dimensions of the features."""

@@ -12,10 +12,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse import Namespace
+from lightning_utilities.core.imports import RequirementCache
 
 from panda_lightning import CIFAR10, PANDA, ImageFolder
+from panda_lightning.cli import at_home, main
 from panda_lightning.datamodules.images import View
 from panda_lightning.datamodules.mvtec import CATEGORIES
+from panda_lightning.tools import main as panda
 from tests.conftest import fast, make_clouds, make_folder
 from tests.datamodules import official
 
@@ -274,6 +278,209 @@ def test_a_run_that_ends_before_it_begins_leaves_no_log_folder(run, folder, work
         assert not list((workdir / "runs").rglob("version_*"))
     run("fit", *fast(folder, epochs=1), "--model.ewc_weight=0")
     assert (workdir / "runs/t/version_0/metrics.csv").is_file()
+
+
+# ---- a run's own config.yaml ----
+
+VERBS = ("fit", "validate", "test", "predict")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with one run of each verb, fit's one that went on from an earlier checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = fast(make_folder(folder / "images"), epochs=1)
+        words += ["--model.ewc_weight=0", f"--trainer.logger.save_dir={folder}"]
+        main(["fit", *words, "--trainer.logger.name=before"])
+        last = f"--ckpt_path={folder}/before/version_0/checkpoints/last.ckpt"
+        for verb in VERBS:
+            main([verb, *words, f"--trainer.logger.name={verb}", last])
+    return folder
+
+
+@pytest.mark.parametrize("writer", VERBS)
+@pytest.mark.parametrize("reader", VERBS)
+def test_the_config_of_a_run_serves_every_verb(runs, run, writer, reader):
+    config = runs / writer / "version_0/config.yaml"
+    last = runs / "before/version_0/checkpoints/last.ckpt"
+    # the checkpoint that was scored stands in the file; the one that training went on from does not, see below
+    words = [f"--ckpt_path={last}"] if writer == "fit" else []
+    before = len(list((runs / writer).iterdir()))
+    run(reader, f"--config={config}", *words)
+    made = runs / writer / f"version_{before}"
+    expected = curve(runs / "before/version_0")
+    if reader == "predict":
+        assert len(rows(made / "predictions.csv")) == 13
+    else:
+        assert curve(made, "test/auroc" if reader == "test" else "val/auroc")[-1] == expected[-1]
+    written = yaml.safe_load((made / "config.yaml").read_text())
+    assert written["ckpt_path"] == (None if reader == "fit" else str(last))
+
+
+def test_the_config_of_a_fit_that_went_on_names_no_checkpoint(runs, run, capsys):
+    """Else its test would score the checkpoint that the run went on from, as if it were what came out of the run."""
+    assert yaml.safe_load((runs / "fit/version_0/config.yaml").read_text())["ckpt_path"] is None
+    said = refusal(run, capsys, "test", f"--config={runs}/fit/version_0/config.yaml")
+    assert "is untrained" in said
+    assert "give ckpt_path" in said
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "flags", "sentence"),
+    [
+        ("fit", "verbos: true", [], "does not accept option 'verbos'"),
+        ("predict", "trainerr: {max_epochs: 3}", [], "does not accept option 'trainerr"),
+        ("fit", "trainer: {verbose: true}", [], "verbose"),
+        ("fit", "verbose: true", ["--verbose=true"], "unrecognized arguments: --verbose"),
+        ("test", "verbose: true", ["--return_predictions=true"], "unrecognized arguments: --return_predictions"),
+        ("test", "verbose: maybe", [], "verbose"),  # its own key
+    ],
+)
+def test_what_no_verb_knows_is_refused(folder, run, capsys, workdir, verb, text, flags, sentence):
+    (workdir / "c.yaml").write_text(text)
+    assert sentence in refusal(run, capsys, verb, "--config=c.yaml", *fast(folder, model="DN2"), *flags)
+
+
+def test_a_configuration_before_the_verb_is_refused_not_ignored(runs, run, capsys):
+    said = refusal(run, capsys, f"--config={runs}/test/version_0/config.yaml", "test")
+    assert "is not accepted before subcommand 'test'" in said
+
+
+def test_check_data_reads_the_config_of_a_run(runs, workdir):
+    for verb in VERBS:
+        assert panda(["check-data", f"--config={runs}/{verb}/version_0/config.yaml"]) == 0
+
+
+# ---- the home folder ----
+
+
+@pytest.fixture
+def home(workdir, monkeypatch):
+    """A home folder beside the current one."""
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    (workdir / "home").mkdir()
+    return workdir / "home"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("~", "HOME"),
+        ("~/x y", "HOME/x y"),
+        ("local-dir:~/w", "local-dir:HOME/w"),
+        ("CIFAR100:~", "CIFAR100:HOME"),
+        *((same, same) for same in ("a~/b", "~other/x", "C:~x", "x/~/y", "~~/x", "", None, 3, True, 0.5)),
+        (Path("~/x"), Path("HOME/x")),
+        (Path("x~"), Path("x~")),
+        (["~/x", ("~/y", 1)], ["HOME/x", ("HOME/y", 1)]),
+        ({"~": "~/x"}, {"~": "HOME/x"}),
+        (Namespace(a=Namespace(b=["~/x"]), c={"d": "~/y"}), Namespace(a=Namespace(b=["HOME/x"]), c={"d": "HOME/y"})),
+    ],
+    ids=str,
+)
+def test_the_home_folder_is_put_for_a_tilde(value, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    assert at_home(value) == expected
+
+
+def test_a_tilde_is_the_home_folder_in_files_and_flags(home, run, capsys, workdir):
+    make_folder(home / "images")
+    shutil.copytree(ROOT / "src/panda_lightning/weights/panda_tiny", home / "weights")
+    words = [w for w in fast(home / "images", epochs=1) if "logger" not in w and "root" not in w]
+    (home / "c.yaml").write_text(
+        "trainer:\n  logger:\n  - {class_path: CSVLogger, init_args: {save_dir: ~/runs, name: t}}\n"
+        "data: {class_path: ImageFolder, init_args: {root: ~/images}}\n"
+    )
+    words += ["--model.backbone=local-dir:~/weights", "--model.prefix_cache_dir=~/cache"]
+    run("fit", "--config=~/c.yaml", *words)
+    last = "runs/t/version_0/checkpoints/last.ckpt"
+    assert (home / last).is_file()
+    assert list((home / "cache").iterdir())
+    run("test", "-c", "~/c.yaml", *words, f"--ckpt_path=~/{last}", "--data.root=~/images")
+    kept = yaml.safe_load((home / "runs/t/version_1/config.yaml").read_text())
+    assert kept["ckpt_path"] == str(home / last)
+    assert kept["data"]["init_args"]["root"] == str(home / "images")
+    for words, sentence in (
+        (["--model=PANDAOE", "--data.outliers=CIFAR100:~/nowhere"], f"{home}/nowhere"),
+        (["--model.fisher=~/nowhere"], f"fisher={home}/nowhere"),
+        (["--model.weights=~/nowhere"], f"{home}/nowhere"),
+        (["--ckpt_path=~/nowhere"], f"ckpt_path={home}/nowhere"),
+    ):
+        assert sentence in refusal(run, capsys, "fit", "--config=~/c.yaml", *fast(home / "images", epochs=1), *words)
+    assert not (workdir / "~").exists()
+
+
+def test_a_tilde_is_the_home_folder_for_the_tools(home, capsys):
+    make_folder(home / "images")
+    (home / "c.yaml").write_text("data: {class_path: ImageFolder, init_args: {root: ~/images, normal_class: spot}}\n")
+    assert panda(["check-data", "--config=~/c.yaml", "--output=~/sheet.png"]) == 0
+    assert (home / "sheet.png").is_file()
+    words = ["--backbone=panda_tiny", "--data=~/images", "--image_size=32", "--output=~/fisher.safetensors"]
+    assert panda(["fisher", "--labels=sampled", *words]) == 0
+    assert (home / "fisher.safetensors").is_file()
+
+
+# ---- help, loggers ----
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_names_detectors_and_data_sets_first(run, capsys, monkeypatch, verb, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as stop:
+        run(*([verb] if verb else []), "--help")
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()[:18]
+    assert max(map(len, lines)) <= columns
+    text = " ".join(" ".join(lines).split())
+    for name in ("DN2", "PANDA", "PatchCore", "CIFAR10", "ImageFolder"):
+        assert re.search(rf"\b{name}[,.]", text), text
+    assert "Detector," not in text  # nor what cannot be chosen
+    assert lines.index("  lightning fit --data ImageFolder --data.root data/bottles \\") < 16
+    if verb:
+        assert text.startswith(f"usage: lightning [options] {verb} [--config FILE] [--KEY VALUE ...] ")
+
+
+def test_the_example_of_the_help_runs(run, workdir, capsys):
+    make_folder(workdir / "data/bottles")
+    with pytest.raises(SystemExit):
+        run("fit", "--help")
+    told = re.search(r"^  lightning (fit.*\\\n.*)", capsys.readouterr().out, re.MULTILINE).group(1)
+    words = shlex.split(told.replace("\\\n", "").replace("max_epochs 9", "max_epochs 1"))
+    run(*words, "--data.image_size=32", "--data.normal_class=spot", *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("logger", "flags", "package"),
+    [
+        ("TensorBoardLogger", {"lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE": "tensorboard",
+                               "lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE": "tensorboardX"},
+         "tensorboard"),
+        ("MLFlowLogger", {"pytorch_lightning.loggers.mlflow._MLFLOW_AVAILABLE": "mlflow"}, "mlflow"),
+        ("CometLogger", {"pytorch_lightning.loggers.comet._COMET_AVAILABLE": "comet-ml"}, "comet-ml"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_logger_without_its_package_is_said_before_work(run, capsys, monkeypatch, logger, flags, package, alone):
+    for flag, name in flags.items():
+        monkeypatch.setattr(flag, RequirementCache(f"{name}>=999999"))
+    words = [w for w in fast(Path("/nonexistent")) if "trainer.logger" not in w]
+    args = "{save_dir: runs}" if logger == "TensorBoardLogger" else "{}"
+    one = f"{{class_path: {logger}, init_args: {args}}}"
+    both = f"[{{class_path: CSVLogger, init_args: {{save_dir: runs}}}}, {one}]"
+    said = refusal(run, capsys, "fit", *words, f"--trainer.logger={one if alone else both}")
+    assert said == (
+        f"error: {logger} needs the package {package}, which is not installed: `pip install {package}`, or choose "
+        "another logger, such as CSVLogger."
+    )
+
+
+def test_an_unknown_logger_is_met_with_the_known_ones(run, capsys, folder):
+    said = refusal(run, capsys, "fit", *fast(folder), "--trainer.logger=TensorBordLogger")
+    assert re.search("There are the loggers AutoWandbLogger, CSVLogger, .* and the callbacks .*EarlyStopping", said)
+    assert "detectors" not in said
 
 
 # ---- bad input: one clear sentence, exit status not 0, no traceback ----

@@ -2,17 +2,21 @@
 
 import errno
 import logging
+import os
 import re
 import sys
+import textwrap
 import warnings
 from importlib.metadata import version
-from inspect import isabstract
+from inspect import isabstract, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
 from typing_extensions import override
 
 from panda_lightning.arguments import Seed, require
@@ -24,6 +28,26 @@ from panda_lightning.runtime.checkpoints import require_whole
 from panda_lightning.types import PandaError
 
 VERSION = f"{version('panda-lightning')} (panda-lightning)"
+ABOUT = "PANDA and its family: image anomaly detection with adapted pretrained features."
+EXAMPLE = r"""
+  lightning fit --data ImageFolder --data.root data/bottles \
+      --model PANDA --model.backbone panda_tiny --trainer.max_epochs 9
+
+`lightning fit --model.help PANDA` lists the arguments of a class.
+"""
+# What a configuration file of `lightning` may hold, whatever the verb that wrote it.
+KEYS = {"seed_everything", "trainer", "model", "data"}.union(
+    *(set(signature(getattr(pl.Trainer, verb)).parameters) - skip for verb, skip in LightningCLI.subcommands().items())
+)
+
+
+class Paragraphs(DefaultHelpFormatter):
+    """Help whose descriptions keep their lines."""
+
+    @override
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = (textwrap.fill(line, width - len(indent)) for line in text.splitlines())
+        return textwrap.indent("\n".join(lines), indent)
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -53,10 +77,20 @@ class OneSentenceParser(LightningArgumentParser):
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, with the home folder for ``~`` in whatever a file or a flag says."""
         try:
-            return super().parse_args(*args, **kwargs)
+            return at_home(super().parse_args(*args, **kwargs))
         except UnicodeDecodeError as error:
             self.error(f"a configuration file is not text ({error})")
+
+    @override
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """Read a configuration file without what other verbs alone know: a run's own then serves them all."""
+        config = super().parse_string(*args, **kwargs)
+        known = {action.dest for action in self._actions}
+        for key in KEYS - known if KEYS & known else ():
+            config.pop(key, None)
+        return config
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -72,15 +106,25 @@ class OneSentenceParser(LightningArgumentParser):
         if "is not accepted" in sentence:  # this parser is then that of the class itself
             sentence += ". Accepted are " + ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
         if "dot import path" in sentence:
-            classes = (Detector, AnomalyDataModule)
-            names = (sorted(c.__name__ for c in subclasses(base) if not isabstract(c)) for base in classes)
-            sentence += ". There are the detectors {} and the data sets {}".format(*(", ".join(n) for n in names))
+            kinds: dict[str, type[Any]] = {"detectors": Detector, "data sets": AnomalyDataModule}
+            if '"trainer.' in sentence:
+                kinds = {"loggers": Logger, "callbacks": pl.Callback}
+            sentence += ". There are the " + " and the ".join(f"{kind} {_names(base)}" for kind, base in kinds.items())
         sys.stderr.write(f"error: {sentence.rstrip('.')}. `--help` and `--print_config` show what is accepted.\n")
         self.exit(2)
 
 
 class PandaCLI(LightningCLI):
     """Lightning's command line, except that a checkpoint brings its network and must agree with what is asked for."""
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Say first which classes there are, with an example; the usage of a verb would be two pages of flags."""
+        verb = (kwargs.get("description") or "").split(". ")[0].rstrip(".")
+        usage = "%(prog)s [--config FILE] [--KEY VALUE ...]" if verb else None
+        there = f"Detectors: {_names(Detector)}.\nData sets: {_names(AnomalyDataModule)}.\n{EXAMPLE}"
+        more = {"usage": usage, "description": f"{verb + '.' if verb else ABOUT}\n\n{there}"}
+        return super().init_parser(prog="lightning", formatter_class=Paragraphs, **kwargs | more)
 
     @override
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
@@ -124,7 +168,7 @@ class PandaCLI(LightningCLI):
         if flag and isinstance(loggers, list) and len(loggers) > 1:
             raise PandaError(
                 f"{flag} would be set for the last of {len(loggers)} loggers alone: name the one logger to use, "
-                "as in --trainer.logger CSVLogger --trainer.logger.name mine, or write them in a configuration file."
+                "as in --trainer.logger CSVLogger --trainer.logger.save_dir runs, or write them in a file."
             )
 
     @override
@@ -158,6 +202,8 @@ class PandaCLI(LightningCLI):
         path = self._ckpt_path
         if path and Path(path).is_file() and isinstance(self.model, Detector):
             self.model.set_extra_state(made_with(path)[0])  # now, so that the source of its weights is not needed
+        if self.config.subcommand == "fit":
+            self.config.fit.ckpt_path = None  # for config.yaml: where training went on is not the checkpoint to score
 
     @property
     def _detects(self) -> bool:
@@ -184,6 +230,25 @@ def _listed(parts: Any) -> list[Any]:
     """Loggers or callbacks of a configuration, where it may hold one, several or none, with their arguments."""
     parts = parts if isinstance(parts, list) else [parts]
     return [part for part in parts if hasattr(part, "init_args")]
+
+
+def _names(base: type[Any]) -> str:
+    return ", ".join(sorted(cls.__name__ for cls in subclasses(base) if not isabstract(cls)))
+
+
+def at_home(value: Any) -> Any:
+    """A value of a configuration, or a whole one, with the home folder for ``~`` in ``~/x`` and ``local-dir:~/x``."""
+    if isinstance(value, str):
+        return re.sub(r"(^|:)~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    if isinstance(value, Namespace):
+        vars(value).update({key: at_home(part) for key, part in vars(value).items()})
+    elif isinstance(value, dict):
+        return {key: at_home(part) for key, part in value.items()}
+    elif isinstance(value, list | tuple):
+        return type(value)(at_home(part) for part in value)
+    return value
 
 
 def main(args: ArgsType = None) -> None:
@@ -233,6 +298,12 @@ def _sentence(error: BaseException) -> str | None:
         return f"{error}. Make room and go on with --ckpt_path last."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
         return f"{error}. Choose another place, or make this one readable and writable."
+    if found := re.search(r"class_path '[\w.]*?(\w+Logger)':.*pip install -U '([\w-]+)", str(error), re.DOTALL):
+        logger, package = found.groups()
+        return (
+            f"{logger} needs the package {package}, which is not installed: `pip install {package}`, or choose another "
+            "logger, such as CSVLogger."
+        )
     said = next(iter(str(error).splitlines()), "")
     if isinstance(error, MemoryError) or re.search("not enough memory|can't allocate memory|out of memory", said):
         return (

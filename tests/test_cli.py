@@ -477,6 +477,15 @@ def test_a_logger_without_its_package_is_said_before_work(run, capsys, monkeypat
     )
 
 
+def test_the_advice_about_several_loggers_can_be_followed(run, capsys, folder, workdir):
+    one = "{class_path: CSVLogger, init_args: {save_dir: a}}"
+    words = [w for w in fast(folder, model="DN2") if "trainer.logger" not in w] + [f"--trainer.logger=[{one}, {one}]"]
+    said = refusal(run, capsys, "test", *words, "--trainer.logger.save_dir=runs")
+    advice = re.search("as in (.*), or", said).group(1).split()
+    run("test", *words, *advice)
+    assert (workdir / "runs/lightning_logs/version_0/metrics.csv").is_file()
+
+
 def test_an_unknown_logger_is_met_with_the_known_ones(run, capsys, folder):
     said = refusal(run, capsys, "fit", *fast(folder), "--trainer.logger=TensorBordLogger")
     assert re.search("There are the loggers AutoWandbLogger, CSVLogger, .* and the callbacks .*EarlyStopping", said)

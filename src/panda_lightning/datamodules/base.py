@@ -80,7 +80,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     def __init__(
         self,
         root: str = "data",
-        normal_class: int | str | None = None,
+        normal_class: str | Number | None = None,
         protocol: Literal["one_vs_rest", "leave_one_out"] | None = None,
         image_size: Annotated[int, Bounds(1, 16384)] | None = None,
         crop: Literal["center", "squash"] | None = None,

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
-from panda_lightning.arguments import Count, Seed
+from panda_lightning.arguments import Count, Number, Seed
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.layout import find_folder, images_below
 from panda_lightning.types import PandaError
@@ -44,7 +44,7 @@ class HyperKvasir(AnomalyDataModule):
 
     def __init__(
         self,
-        normal_class: int | str = "normal",
+        normal_class: str | Number = "normal",
         test_normals: Count = 500,
         split_seed: Seed = 0,
         crop_margins: bool = True,

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -47,10 +47,11 @@ class Health(pl.Callback):
         first, begin = self._first_epoch = self._first_epoch or (here, now)
         timed, left = trainer.check_val_every_n_epoch or 1, (trainer.max_epochs or 0) - here
         other_end = trainer.max_steps != -1 or any(isinstance(c, Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if here - first == timed and left > 1 and not other_end:
-            one = (now - begin) / timed
+        if here - first == timed and left > 1:
+            one, bar = (now - begin) / timed, cast(Any, trainer.progress_bar_callback)
+            line = "" if bar is None or bar.is_disabled else "\n"  # the bar stands on this one
             rank_zero_info(
-                f"An epoch takes {_spoken(one)}{' with its validation' if trainer.enable_validation else ''}: "
+                f"{line}An epoch takes {_spoken(one)}{' with its validation' if trainer.enable_validation else ''}: "
                 f"about {_spoken(one * left)} for the {left} that remain."
             )
 
@@ -87,10 +88,10 @@ class Health(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        _say_if_partial(pl_module, trainer.val_dataloaders)
         scores = pl_module.scores
-        if scores is None or len(scores.score) < 2:
+        if scores is None or len(scores.score) < 2 or trainer.sanity_checking:
             return
+        _say_if_partial(pl_module, trainer.val_dataloaders)
         least, most = scores.score.aminmax()
         if most - least <= 1e-5 * scores.score.abs().max():
             rank_zero_warn(
@@ -121,15 +122,15 @@ def _say_if_nothing_moved(detector: Any, distance: Tensor | None) -> None:
         clip = detector.grad_clip
         rank_zero_warn(
             f"Training moved nothing: compactness {after:.4g} after {before:.4g}, {detector.steps_trained} steps "
-            + (f"of gradients of at most {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
+            + (f"with gradients clipped to {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
             + f"train more epochs, or raise {'model.grad_clip or ' if clip else ''}model.lr."
         )
 
 
 def _say_if_partial(detector: Any, loader: Any) -> None:
     """Warn where a limit of the Trainer leaves test images out."""
-    scored, there = 0 if detector.scores is None else len(detector.scores.score), len(getattr(loader, "dataset", ()))
-    if 0 < scored < there:
+    scored, there = len(detector.scores.score), len(loader.dataset)
+    if scored < there:
         rank_zero_warn(
             f"AUROC is that of the first {scored} of {there} test images: data.test_limit takes evenly spaced ones."
         )

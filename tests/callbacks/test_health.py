@@ -177,7 +177,7 @@ def test_of_other_training_nothing_is_said(tmp_path, folder, make, options):
 def test_features_and_weights_must_both_be_where_they_were(after, distance, clip, ending):
     detector = SimpleNamespace(
         compactness_before=1.0, compactness=lambda: after, start={"a": torch.ones(10, 10)}, terms=("compactness",),
-        bank_is_fresh=True, grad_clip=clip, lr=0.01, steps_trained=45,
+        grad_clip=clip, lr=0.01, steps_trained=45,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

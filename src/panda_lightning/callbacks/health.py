@@ -47,7 +47,7 @@ class Health(pl.Callback):
         first, begin = self._first_epoch = self._first_epoch or (here, now)
         timed, left = trainer.check_val_every_n_epoch or 1, (trainer.max_epochs or 0) - here
         other_end = trainer.max_steps != -1 or any(isinstance(c, Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if here - first == timed and left > 1:
+        if here - first == timed and left > 1 and not other_end:
             one, bar = (now - begin) / timed, cast(Any, trainer.progress_bar_callback)
             line = "" if bar is None or bar.is_disabled else "\n"  # the bar stands on this one
             rank_zero_info(
@@ -114,7 +114,7 @@ class Health(pl.Callback):
 def _say_if_nothing_moved(detector: Any, distance: Tensor | None) -> None:
     """Warn where neither the normal features nor the weights are other than before training."""
     before = getattr(detector, "compactness_before", None)
-    if before is None or distance is None or "compactness" not in detector.terms or not detector.bank_is_fresh:
+    if before is None or distance is None or "compactness" not in detector.terms:
         return
     after = detector.compactness()
     start = torch.stack([p.float().norm() for p in detector.start.values()]).norm()

@@ -16,7 +16,9 @@ from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.runtime.options import require_batches
 from panda_lightning.types import Batch, PandaError
 
-STILL = 0.01  # relative change below which training moved nothing
+# Relative change up to which training moved nothing: digits at the published steps change their compactness by .002 to
+# .008 and their AUROC by .0004 at most; the runs that move it by .001 or more, by .03 and more.
+STILL = 0.01
 
 
 class Health(pl.Callback):

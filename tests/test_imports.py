@@ -12,7 +12,7 @@ LAYERS = [
     {
         "formulas.losses", "formulas.metrics", "formulas.pixel_metrics", "networks.augment", "networks.folding",
         "networks.scratch", "runtime.checkpoints", "runtime.features",
-        "runtime.fingerprint", "runtime.loggers", "search.knn",
+        "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },
     {"networks.loading", "runtime.agreement", "search.coreset", "search.sharded"},
     {"networks.backbones"},

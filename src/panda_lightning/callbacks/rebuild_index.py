@@ -1,12 +1,15 @@
 """Rebuild the kNN index from features of the moment, before anything is scored."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -16,6 +19,9 @@ class RebuildIndex(pl.Callback):
 
     Before the first training step it also runs one whole validation: that is DN2, the untrained network, at
     ``epochs_trained`` = 0. (Lightning drops the metrics of its own sanity check.)
+
+    An epoch that ends without its validation gets a bank too, so that the checkpoint written then can be tested where
+    there are no training images.
 
     It stands beside detectors with ``make_bank``.
     """
@@ -27,6 +33,14 @@ class RebuildIndex(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0 and trainer.enable_validation:
             validate_now(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        each = trainer.check_val_every_n_epoch == 1 and getattr(trainer, "val_check_interval", None) == 1
+        if each or not trainer.enable_validation:  # else checkpoints are written after validations
+            with _as_saved(trainer, pl_module):
+                if not pl_module.bank_is_fresh:
+                    pl_module.rebuild_bank()
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -66,6 +80,17 @@ class RebuildIndex(pl.Callback):
         path = trainer.strategy.broadcast(_free(Path(folder) / "checkpoints" / "last.ckpt"))
         trainer.save_checkpoint(path, weights_only=True)
         rank_zero_info(f"Network and bank saved in {path}")
+
+
+@contextmanager
+def _as_saved(trainer: pl.Trainer, detector: Any) -> Iterator[None]:
+    """Give the detector the weights that a checkpoint would hold, which WeightAveraging does for validations."""
+    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for average in averages:
+        average.on_validation_epoch_start(trainer, detector)
+    yield
+    for average in averages:
+        average.on_validation_epoch_end(trainer, detector)
 
 
 def _free(path: Path) -> Path:

@@ -23,6 +23,7 @@ from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import gather
 from panda_lightning.runtime.fingerprint import checksum
 from panda_lightning.runtime.loggers import AutoWandbLogger, claim_folder
+from panda_lightning.runtime.options import require_options
 from panda_lightning.types import Batch, PandaError, Scores
 
 
@@ -107,6 +108,11 @@ class Detector(Checked, pl.LightningModule, ABC):
     def epochs_trained(self) -> float:
         """Passes over the training images behind these weights; the x axis of every curve."""
         return self.steps_trained / self._steps_per_epoch
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the last step of training has had its validation."""
+        return self.steps_trained == self._steps_scored
 
     @property
     def learns(self) -> bool:
@@ -284,6 +290,7 @@ class Detector(Checked, pl.LightningModule, ABC):
             )
         for name, hint in (("accumulate_grad_batches", Count), ("check_val_every_n_epoch", Count | None)):
             require(f"trainer.{name}", getattr(self.trainer, name), hint)
+        require_options(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         self.load_networks()
@@ -392,7 +399,8 @@ class Detector(Checked, pl.LightningModule, ABC):
                         f"{type(callback).__name__} waits for {name}, and {why}: leave monitor={name} out."
                     )
         # the same on every process already; float64 so that no digit is lost
-        self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+        for key, value in values.items():
+            self.log(key, torch.tensor(value, dtype=torch.float64), prog_bar=key == name)
 
     def batch_mean(self, values: Tensor, index: Tensor) -> tuple[Tensor, Any]:
         """Mean of a value per image (B,) over the images of all processes, fillers (index -1) left out.
@@ -433,7 +441,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         self._steps_per_epoch = steps
         epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
         due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
-        if due and self.trainer.enable_validation and self.steps_trained != self._steps_scored:
+        if due and self.trainer.enable_validation and not self.is_scored:
             # the checkpoint is of an epoch's last step, and Lightning takes that epoch's validation for done
             validate_now(self.trainer)
 

@@ -59,11 +59,13 @@ class PANDA(DN2):
         centre: (D,), c.
         start: The adapted parameters before training, by plain timm name.
         fisher: F, likewise; None without EWC.
+        compactness_before: Mean compactness of the normal training images before training.
     """
 
     centre = Derived[Tensor | None](None)
     start = Derived[dict[str, Tensor] | None](None)
     fisher = Derived[dict[str, Tensor] | None](None)
+    compactness_before = Derived[float | None](None)
 
     def __init__(
         self,
@@ -131,6 +133,12 @@ class PANDA(DN2):
         moved = [(p.to(wide) - before.to(wide)).square().sum() for p, before in pairs]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
 
+    def compactness(self) -> float:
+        """Mean compactness of the normal training images, with the weights that made the bank."""
+        assert self.centre is not None
+        features = self.loss_space(self.bank.to(self.centre))
+        return float(self.index.mean(losses.compactness(features, self.centre)))
+
     @override
     def accept(self, data: Any) -> None:
         super().accept(data)
@@ -146,6 +154,7 @@ class PANDA(DN2):
                 self.rebuild_bank()
                 self.fit_index()
             self.centre = self.index.mean(self.loss_space(self.bank))
+            self.compactness_before = self.compactness()
             self.start = {name: p.detach().clone() for name, p in self.backbone.adapted().items()}
             if self.ewc_weight and self.fisher is None:
                 loader = self.data.normal_dataloader()

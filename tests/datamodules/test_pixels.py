@@ -1,10 +1,13 @@
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from panda_lightning.datamodules.pixels import Opened, opened, read_mask, read_rgb
+from panda_lightning.datamodules.pixels import Frame, _turned, frame, opened, read_mask, read_rgb
 from tests.conftest import picture
-from tests.datamodules.files import STORED, dicom, png16, with_orientation
+from tests.datamodules.files import STORED, dicom, png16, reencode, with_orientation
 
 
 @pytest.fixture
@@ -108,7 +111,8 @@ def test_pictures_are_upright(tmp_path, number, name, options):
     found = np.asarray(image.rgb("auto")).astype(int)
     expected = upright.astype(int) if upright.ndim == 3 else np.stack([upright >> 8] * 3, axis=2).astype(int)
     assert image.orientation == number
-    assert image.size == (64, 48)
+    assert image.frame.size == (64, 48)
+    assert frame(tmp_path / name) == image.frame
     assert found.shape == expected.shape
     assert abs(found - expected).mean() < (6 if name == "a.jpg" else 1e-9)
 
@@ -118,8 +122,6 @@ def test_16_bit_colour_is_upright_too(tmp_path, number):
     values = np.random.default_rng(0).integers(0, 4096, (6, 9, 3), dtype=np.uint16)
     path = png16(tmp_path / "a.png", np.ascontiguousarray(STORED[number](values)))
     found = opened(path, exact=True).values  # this writer sets no tag
-    from panda_lightning.datamodules.pixels import _turned
-
     np.testing.assert_array_equal(_turned(found, number), values)
 
 
@@ -169,7 +171,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_background_is_0_black_or_transparent(tmp_path, drawn, name):
     MASKS[name](drawn).save(tmp_path / name, **({"quality": 95, "subsampling": 0} if name.endswith("jpg") else {}))
-    found, stretched = read_mask(tmp_path / name, Opened("RGB", picture=Image.new("RGB", (30, 20))))
+    found, stretched = read_mask(tmp_path / name, Frame((30, 20), 1))
     assert not stretched
     wrong = (np.asarray(found) > 0) != drawn
     assert wrong.sum() <= (4 if name.endswith("jpg") else 0)
@@ -179,13 +181,13 @@ def test_lossy_masks_are_cut_in_the_middle(tmp_path, drawn):
     image = Image.fromarray(drawn.astype(np.uint8) * 255)
     image.save(tmp_path / "a.jpg", quality=20)
     assert len(np.unique(np.asarray(Image.open(tmp_path / "a.jpg")))) > 10  # JPEG has smeared it
-    found, _ = read_mask(tmp_path / "a.jpg", Opened("RGB", picture=Image.new("RGB", (30, 20))))
+    found, _ = read_mask(tmp_path / "a.jpg", Frame((30, 20), 1))
     assert ((np.asarray(found) > 0) != drawn).mean() < 0.02
 
 
 def test_mask_values_name_what_is_anomalous(tmp_path):
     numbers = np.arange(600).reshape(20, 30) % 4
-    frame = Opened("RGB", picture=Image.new("RGB", (30, 20)))
+    frame = Frame((30, 20), 1)
     Image.fromarray(numbers.astype(np.uint8)).save(tmp_path / "grey.png")
     palette(numbers, [0, 0, 0, 9, 9, 9, 200, 0, 0, 255, 255, 255]).save(tmp_path / "palette.png")
     for name in ("grey.png", "palette.png"):
@@ -198,7 +200,7 @@ def test_mask_values_name_what_is_anomalous(tmp_path):
 @pytest.mark.parametrize("number", STORED)
 def test_masks_are_in_the_frame_of_their_tool(tmp_path, drawn, number):
     """Drawn upright, or on the picture as it is stored; a square one is taken for upright."""
-    image = opened(with_orientation(tmp_path / "a.jpg", np.asarray(picture("cloud", 1, 30))[:20], number))
+    image = frame(with_orientation(tmp_path / "a.jpg", np.asarray(picture("cloud", 1, 30))[:20], number))
     upright = drawn.astype(np.uint8) * 255
     Image.fromarray(upright).save(tmp_path / "upright.png")
     assert np.array_equal(read_mask(tmp_path / "upright.png", image)[0], upright)
@@ -213,7 +215,7 @@ def test_masks_are_in_the_frame_of_their_tool(tmp_path, drawn, number):
 
 
 def test_other_sizes_are_kept_and_other_sides_stretched(tmp_path, drawn):
-    image = Opened("RGB", picture=Image.new("RGB", (30, 20)))
+    image = Frame((30, 20), 1)
     large = Image.fromarray(drawn.astype(np.uint8) * 255).resize((90, 60), Image.Resampling.NEAREST)
     large.save(tmp_path / "large.png")
     found, stretched = read_mask(tmp_path / "large.png", image)
@@ -272,12 +274,36 @@ def test_broken_dicom_tells_nothing_of_the_patient(tmp_path, caplog, capsys):
 # ---- size --------------------------------------------------------------------------------------------------------
 
 
-def test_large_images_have_an_option(tmp_path, monkeypatch):
-    Image.new("L", (400, 300)).save(tmp_path / "a.png")
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
+def test_large_images_have_an_option(tmp_path, monkeypatch, name):
+    Image.new("L", (400, 300)).save(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     with pytest.raises(Image.DecompressionBombError):
-        read_rgb(tmp_path / "a.png")
-    assert read_rgb(tmp_path / "a.png", max_megapixels=0.2).size == (400, 300)
+        read_rgb(tmp_path / name)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: read_rgb(tmp_path / name, max_megapixels=0.2).size, range(20)))
+    assert found == [(400, 300)] * 20
     assert Image.MAX_IMAGE_PIXELS == 50_000
     with pytest.raises(ValueError, match=r"400 x 300 pixels are more than max_megapixels=0\.1"):
-        read_rgb(tmp_path / "a.png", max_megapixels=0.1)
+        read_rgb(tmp_path / name, max_megapixels=0.1)
+    assert Image.MAX_IMAGE_PIXELS == 50_000
+
+
+# ---- real pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_real_pictures_in_other_files(shared, tmp_path):
+    subprocess.run([shared / "data/unpack", tmp_path, "cats_vs_dogs"], check=True)
+    for path in sorted((tmp_path / "cats_vs_dogs/PetImages").rglob("*.jpg"))[::250]:
+        plain = np.asarray(Image.open(path).convert("L"))
+        for kind in ("16", "12", "10", "int32", "float", "dicom", "monochrome1"):
+            rule = reencode(path, tmp_path / kind / path.name, kind)
+            (file,) = (tmp_path / kind).glob(f"{path.stem}.*")
+            found = np.asarray(read_rgb(file, rule))[..., 0].astype(int)
+            assert abs(found - plain).max() <= ("dicom" in kind or kind == "monochrome1"), kind
+            file.unlink()
+        for kind in ("colour", "turned"):
+            reencode(path, tmp_path / kind / path.name, kind)
+        upright, turned = (np.asarray(read_rgb(tmp_path / kind / path.name)) for kind in ("colour", "turned"))
+        assert abs(upright.astype(int) - turned).mean() < 3

@@ -15,6 +15,7 @@ from panda_lightning import ImageFolder, PandaError
 from panda_lightning.datamodules.images import Images
 from panda_lightning.tools import check_data, main
 from tests.conftest import make_folder, picture
+from tests.datamodules.files import dicom, with_orientation
 from tests.datamodules.official import make_cifar10, make_mvtec, write_cifar10
 from tests.datamodules.official_medical_aerial import make_labeled, make_segmented
 
@@ -329,3 +330,103 @@ def test_damage_to_the_real_data_sets_layouts_is_named(panda, workdir):
     assert status == 1
     assert "PetImages/../../outside.jpg would land outside its folder" in out
     assert not list(workdir.rglob("outside.jpg"))
+
+
+# ---- damaged copies ----------------------------------------------------------------------------------------------
+
+
+def every(folder: Path, change) -> None:
+    """Write each picture anew: what ``change`` makes of its grey values."""
+    for path in folder.rglob("*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path).convert("L")))).save(path.with_suffix(".tif"))
+        path.unlink()
+
+
+def with_masks(folder: Path, draw) -> None:
+    """Masks of all anomalous images: what ``draw`` makes of a number."""
+    (folder / "ground_truth/stripe").mkdir(parents=True)
+    for number in range(6):
+        mask = np.zeros((40, 40), dtype=np.uint8)
+        mask[8:16, 8:16] = 1
+        Image.fromarray(draw(mask, number)).save(folder / f"ground_truth/stripe/{number:03d}.png")
+
+
+def turn(folder: Path) -> None:
+    for path in sorted(folder.rglob("00[12].png")):
+        with_orientation(path, np.asarray(Image.open(path)), 6)
+
+
+def widen(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        Image.open(path).resize((120, 40)).save(path)
+
+
+def link(folder: Path) -> None:
+    (folder / "train/spot/up").symlink_to(folder / "train/spot")
+    (folder / "train/spot/dead.png").symlink_to(folder / "gone.png")
+
+
+def strew(folder: Path) -> None:
+    for junk in ("test/.ipynb_checkpoints/a.png", "test/__MACOSX/a.png", "test/spot/._a.png", "test/empty/notes.txt"):
+        (folder / junk).parent.mkdir(exist_ok=True)
+        (folder / junk).write_text("x")
+
+
+def strip(folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+    for kind in ("spot", "stripe"):
+        (folder / "test" / kind).rename(folder / kind)
+    shutil.rmtree(folder / "test")
+
+
+DAMAGES = {
+    "12 bits": (lambda f: every(f, lambda a: a.astype(np.uint16) * 16), "so set data.intensity=bits:12", 1),
+    "int32": (lambda f: every(f, lambda a: a.astype(np.int32)), "have no range of their own: set intensity to bits", 1),
+    "float": (lambda f: every(f, lambda a: a.astype(np.float32)), "lie outside 0 to 1: set intensity to window", 1),
+    "turned": (turn, "of 13 images are turned as their EXIF orientation says (", 0),
+    "no mask pixels": (lambda f: with_masks(f, lambda m, n: m * (n > 1)), "2 of 6 masks show no anomalous pixel", 1),
+    "inverted": (lambda f: with_masks(f, lambda m, n: 1 - m), "if they are inverted, set data.mask_values", 1),
+    "large": (lambda f: with_masks(f, lambda m, n: m if n else m + 1), "1 of 6 masks cover more than half", 0),
+    "other sides": (lambda f: with_masks(f, lambda m, n: m[:20]), "have other sides than their images and are", 1),
+    "a lost mask": (
+        lambda f: (with_masks(f, lambda m, n: m), (f / "ground_truth/stripe/003.png").unlink()),
+        "1 of 6 anomalous images have no mask, so their pixels do not count: test/stripe/003.png",
+        1,
+    ),
+    "wide": (widen, "the centre crop leaves out 71% of the images' longer side", 0),
+    "cut away": (
+        lambda f: (widen(f), with_masks(f, lambda m, n: np.pad(m, ((0, 0), (0, 80))))),
+        "6 of 6 masks lose all anomalous pixels in the crop, or at 32 px",
+        1,
+    ),
+    "links": (link, "2 files are passed over", 0),
+    "strewn": (strew, "1 files are passed over: .txt 1", 0),
+    "other endings": (lambda f: (f / "test/spot/a.heic").touch(), "1 files are passed over: .heic 1", 0),
+    "bare": (strip, "holds spot, stripe, but neither train nor test: set data.split=0.8", 1),
+    "too large": (
+        lambda f: Image.new("1", (20000, 20000)).save(f / "test/spot/huge.png"),
+        "huge.png cannot be read: Image size (400000000 pixels) exceeds limit of",
+        1,
+    ),
+    "narrow": (lambda f: Image.new("L", (1, 900), 99).save(f / "test/spot/narrow.png"), "1 x 900", 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(panda, words, folder, damage):
+    spoil, sentence, status = DAMAGES[damage]
+    spoil(folder)
+    crop = ["--data.crop=center"] if damage in ("wide", "cut away") else []
+    found, out = panda(*words, "--data.normal_class=spot", *crop)
+    assert sentence in " ".join(out.split())
+    assert found == status
+    if damage == "strewn":
+        assert "empty" not in out
+
+
+def test_dicom_without_its_package_says_how_to_get_it(panda, words, folder, monkeypatch):
+    dicom(folder / "test/spot/a.dcm", np.full((40, 40), 999))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    status, out = panda(*words, "--data.normal_class=spot")
+    assert status == 1
+    assert "a.dcm cannot be read: DICOM needs pydicom: pip install 'panda-lightning[dicom]'." in out

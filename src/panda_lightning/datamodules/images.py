@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from panda_lightning.datamodules.pixels import Opened, Source, opened, read_mask
+from panda_lightning.datamodules.pixels import Opened, Source, frame, opened, read_mask
 from panda_lightning.runtime.fingerprint import fingerprint
 
 
@@ -126,7 +126,7 @@ class View:
 
     def mask(self, mask: Path, source: Source) -> npt.NDArray[np.bool_]:
         """Read and resize the mask of an image: (size, size)."""
-        return self.fit_mask(read_mask(mask, self.open(source), self.mask_values)[0])
+        return self.fit_mask(read_mask(mask, frame(source, self.max_megapixels), self.mask_values)[0])
 
     def fit_mask(self, mask: Image.Image) -> npt.NDArray[np.bool_]:
         """Resize one mask, 255 where anomalous: (size, size)."""

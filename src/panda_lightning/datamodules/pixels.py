@@ -19,12 +19,14 @@ Masks: 0 is background, any other value is anomalous. In colours black is backgr
 transparent is. Lossy files (JPEG, WebP, AVIF) are cut at 127. ``mask_values`` names the anomalous values instead.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +123,13 @@ class Intensity:
         return image.point(table * len(image.getbands()))
 
 
+class Frame(NamedTuple):
+    """What a mask must fit: an image's upright width and height in pixels, and EXIF's number of its orientation."""
+
+    size: tuple[int, int]
+    orientation: int
+
+
 @dataclass(frozen=True)
 class Opened:
     """What a file holds, upright.
@@ -142,12 +151,12 @@ class Opened:
     inverted: bool = False
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
+    def frame(self) -> "Frame":
+        """Its upright size and its orientation."""
         if self.picture is not None:
-            return self.picture.size
+            return Frame(self.picture.size, self.orientation)
         assert self.values is not None
-        return self.values.shape[1], self.values.shape[0]
+        return Frame((self.values.shape[1], self.values.shape[0]), self.orientation)
 
     @property
     def extremes(self) -> tuple[float, float]:
@@ -195,14 +204,13 @@ def opened(source: Source, exact: bool = False, max_megapixels: float | None = N
         return Opened("DICOM", values=values, natural=natural, inverted=inverted)
     with _image(source, max_megapixels) as image:
         mode, raw = image.mode, str(next((tile[3] for tile in getattr(image, "tile", ())), ""))
-        _, orientation = frame(image)  # which may load it
+        orientation = _frame(image).orientation  # which may load it
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's own word for it
         if exact and "16" in raw and mode in ("RGB", "RGBA", "LA"):
             return Opened(mode, orientation, values=_turned(_colour16(source), orientation), natural=(0, 65535))
-        image = upright(image)
-        if mode.startswith("I;16") or (
-            mode == "I" and (raw == "I;16B" or image.format == "PPM")
-        ):  # as older Pillows say
+        image = _upright(image)
+        older = mode == "I" and (raw == "I;16B" or image.format == "PPM")  # what older Pillows say of 16 bits
+        if mode.startswith("I;16") or older:
             full = 2 ** min(bits, 16) - 1
             return Opened(mode, orientation, values=np.asarray(image).astype(np.uint16), natural=(0, full))
         if mode in ("I", "F"):
@@ -210,38 +218,57 @@ def opened(source: Source, exact: bool = False, max_megapixels: float | None = N
         return Opened(mode, orientation, picture=image.convert("RGB"))
 
 
-def frame(image: Image.Image) -> tuple[tuple[int, int], int]:
-    """Width and height of the upright image, and EXIF's number of its orientation, before it is loaded."""
+def frame(source: Source, max_megapixels: float | None = None) -> Frame:
+    """What a mask of an image must fit, without decoding a picture where its file begins with that."""
+    if isinstance(source, np.ndarray) or source.suffix.lower() in (".dcm", ".dicom"):
+        return opened(source).frame
+    with _image(source, max_megapixels) as image:
+        return _frame(image)
+
+
+def _frame(image: Image.Image) -> Frame:
+    """The frame of an image that is not loaded yet."""
     orientation = image.getexif().get(ORIENTATION, 1)
     swapped = orientation in TURNS and orientation >= 5 and image.format != "TIFF"  # which Pillow itself turns
-    return (image.size[::-1] if swapped else image.size), orientation
+    return Frame(image.size[::-1] if swapped else image.size, orientation)
 
 
-def upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF tag says."""
     image.load()  # a TIFF is turned by that, and has lost its tag
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 
-_LIMIT = Lock()  # Pillow's limit is one for all threads
-
-
-def _image(source: Path, max_megapixels: float | None = None) -> Image.Image:
+@contextmanager
+def _image(source: Path, max_megapixels: float | None = None) -> Iterator[Image.Image]:
+    """A file to be loaded within, also beyond Pillow's limit where another is given."""
     file: Any = source
     if source.suffix.lower() in (".tif", ".tiff"):  # Pillow maps such files, and scrambles them where a tag turns them
         file = BytesIO(source.read_bytes())
-    if max_megapixels is None:
-        return Image.open(file)
-    with _LIMIT:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    if image.width * image.height > max_megapixels * 1e6:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than max_megapixels={max_megapixels:g}")
-    return image
+    with nullcontext() if max_megapixels is None else _Unlimited(), Image.open(file) as image:
+        if max_megapixels is not None and image.width * image.height > max_megapixels * 1e6:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than max_megapixels={max_megapixels:g}")
+        yield image
+
+
+class _Unlimited:
+    """Pillow's limit is one for all threads: off from the first that enters to the last that leaves."""
+
+    lock, inside = Lock(), 0
+    limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not _Unlimited.inside:
+                _Unlimited.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            _Unlimited.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            _Unlimited.inside -= 1
+            if not _Unlimited.inside:
+                Image.MAX_IMAGE_PIXELS = _Unlimited.limit
 
 
 def _colour16(source: Path) -> npt.NDArray[np.uint16]:
@@ -265,7 +292,7 @@ def _turned(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
-def read_mask(path: Path, image: Opened, values: tuple[int, ...] | None = None) -> tuple[Image.Image, bool]:
+def read_mask(path: Path, image: Frame, values: tuple[int, ...] | None = None) -> tuple[Image.Image, bool]:
     """Read the mask of an image in the image's upright frame: a grey picture, 255 where anomalous.
 
     A mask is turned as its own EXIF tag says. One without a tag was drawn on the upright image, or, where its sides
@@ -273,7 +300,7 @@ def read_mask(path: Path, image: Opened, values: tuple[int, ...] | None = None) 
 
     Args:
         path: The mask's file.
-        image: What it belongs to.
+        image: The frame of the image that it belongs to.
         values: The values that are anomalous: of grey, or of a palette's numbers.
 
     Returns:
@@ -283,7 +310,7 @@ def read_mask(path: Path, image: Opened, values: tuple[int, ...] | None = None) 
         OSError, ValueError: If it cannot be read.
     """
     with _image(path) as mask:
-        size, own = frame(mask)
+        size, own = _frame(mask)
         mask.load()  # turns a TIFF, which its array would not know
         anomalous = Image.fromarray(_anomalous(mask, values).astype(np.uint8) * 255)
     if mask.format == "TIFF":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from panda_lightning.datamodules.images import Images, View
+from panda_lightning.datamodules.images import Images, View, relative
 from panda_lightning.datamodules.pixels import Source, read_mask
 from panda_lightning.types import Batch, PandaError
 
 DARK = 64  # a set whose brightest value lies below uses less than a quarter of its range
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,12 @@ def look(view: View, source: Source, mask: Path | None = None, extremes: bool = 
         pixels = view.fit(image)
     except ERRORS as error:
         return Look(Facts(unreadable=_reason(source, error)))
-    facts: dict[str, Any] = {"size": image.size, "mode": image.mode, "turned": image.orientation != 1}
+    facts: dict[str, Any] = {"size": image.frame.size, "mode": image.mode, "turned": image.orientation != 1}
     facts |= {"brightest": int(pixels.max()), "extremes": image.extremes if extremes else None}
     if mask is None:
         return Look(Facts(**facts), pixels)
     try:
-        picture, stretched = read_mask(mask, image, view.mask_values)
+        picture, stretched = read_mask(mask, image.frame, view.mask_values)
     except ERRORS as error:
         return Look(Facts(**facts, unreadable=f"its mask {mask.name}: {_reason(mask, error)}"))
     fitted, whole = view.fit_mask(picture), np.asarray(picture) > 0
@@ -116,8 +114,10 @@ def remarks(images: Images, facts: Sequence[Facts], view: View) -> tuple[list[st
     masked = [(i, drawn) for i in seen if (drawn := facts[i].drawn) is not None]
 
     def named(rows: Sequence[int], masks: bool = False) -> str:
-        paths = [images.masks[i] if masks and images.masks else images.sources[i] for i in rows[:5]]
-        names = ("/".join(path.parts[-2:]) if isinstance(path, Path) else f"row {path}" for path in paths)
+        paths = [
+            images.masks[i] if masks and images.masks else images.sources[i] for i in rows[:5]
+        ]  # arrays have no tag
+        names = (relative(path, path.parents[1]) for path in paths if isinstance(path, Path))
         return f" ({', '.join(names)}{', ...' if len(rows) > 5 else ''})"
 
     def add(sentences: list[str], rows: Sequence[int], sentence: str, masks: bool = False) -> None:

@@ -169,7 +169,7 @@ def test_maps_are_drawn_and_predicted(run, workdir):
         values = np.load(f"{path}.npy")
         assert values.shape == (32, 32)
         assert values.dtype == np.float32
-        assert np.asarray(Image.open(path)).shape == (32, 32, 3)
+        assert np.asarray(Image.open(f"{path}.png")).shape == (32, 32, 3)
 
 
 @pytest.mark.slow

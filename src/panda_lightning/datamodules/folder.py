@@ -34,14 +34,15 @@ class ImageFolder(AnomalyDataModule):
     ``crop`` is squash by default, for the middle of a wide picture may not hold the defect.
 
     Args:
+        root: Folder of the images.
         split: Share of the normal images that train, where the folder has no ``train`` and ``test``.
         kwargs: See AnomalyDataModule.
     """
 
     default_crop: Literal["center", "squash"] = "squash"
 
-    def __init__(self, split: OpenShare | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, root: str = "data", split: OpenShare | None = None, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
         self.split = split
 
     @property

@@ -224,5 +224,24 @@ def test_the_rule_for_intensity_travels_in_the_checkpoint(folder, run):
         run("test", *fast(folder, model="DN2"), f"--ckpt_path={last}", "--data.intensity=bits:16")
 
 
+def test_the_rule_may_be_changed_between_runs(folder, tmp_path):
+    for path in folder.rglob("*.png"):
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 16).save(path)
+
+    def data(rule):
+        return ImageFolder(str(folder), normal_class="spot", image_size=32, intensity=rule)
+
+    def scores(detector, module):
+        trainer = pl.Trainer(logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        trainer.test(detector, module, verbose=False)
+        return detector.scores.score
+
+    detector, module = DN2("panda_tiny"), data("bits:12")
+    for rule in ("bits:12", "window:0,999", "bits:12", "bits:16"):
+        module.intensity = rule
+        assert scores(detector, module).equal(scores(DN2("panda_tiny"), data(rule)))
+
+
 def auroc_of(output: str) -> float:
     return float(re.search(r"AUROC ([\d.]+) of", output)[1])

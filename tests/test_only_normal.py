@@ -49,7 +49,7 @@ def test_what_waits_for_auroc_is_refused_before_training(folder, run):
         assert not list(Path("runs").rglob("*.ckpt"))
 
 
-def test_ses_and_processes_do_without_test_images(folder, run):
+def test_ses_does_without_test_images_and_predict_refuses(folder, run):
     shutil.rmtree(folder / "test")
     run("fit", *fast(folder), "--trainer.callbacks+=SampleWiseEarlyStopping")
     assert list(Path("runs/t/version_0/checkpoints").glob("last.ckpt"))

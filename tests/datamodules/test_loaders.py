@@ -115,3 +115,11 @@ def test_the_epoch_may_be_set_after_the_iterator_was_made():
         one.sampler.set_epoch(7)
     assert drawn(batches) == drawn(early) != drawn(loader())
     assert loader().state_dict() == {"epoch": 0, "done": 0}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_of_no_images_each_process_gets_one_filler(world):
+    for rank in range(world):
+        sampler = ShardedSampler(0, world, rank, shuffle=False)
+        assert list(sampler) == [-1]
+        assert len(sampler) == 1

@@ -1,5 +1,6 @@
 """``panda check-data`` as a user calls it, in this process."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -422,6 +423,19 @@ def test_damage_is_found(panda, words, folder, damage):
     assert found == status
     if damage == "strewn":
         assert "empty" not in out
+
+
+def test_names_that_are_not_utf8_are_shown(panda, words, folder):
+    try:
+        (folder / "test/stripe/003.png").rename(os.fsdecode(os.fsencode(folder) + b"/test/stripe/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert panda(*words, "--data.normal_class=spot")[0] == 0
+    (folder / "test/spot/copy.png").write_bytes((folder / "train/spot/003.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(folder) + b"/test/spot/caf\xe9.png")).write_text("no image")
+    status, out = panda(*words, "--data.normal_class=spot")
+    assert status == 1
+    assert r"test/spot/caf\xe9.png cannot be read: not an image." in out
 
 
 def test_dicom_without_its_package_says_how_to_get_it(panda, words, folder, monkeypatch):

@@ -229,13 +229,15 @@ def frame(source: Source, max_megapixels: float | None = None) -> Frame:
 def _frame(image: Image.Image) -> Frame:
     """The frame of an image that is not loaded yet."""
     orientation = image.getexif().get(ORIENTATION, 1)
-    swapped = orientation in TURNS and orientation >= 5 and image.format != "TIFF"  # which Pillow itself turns
-    return Frame(image.size[::-1] if swapped else image.size, orientation)
+    if image.format == "TIFF":
+        image.load()  # Pillow turns it then, and takes the tag away
+        return Frame(image.size, orientation)
+    return Frame(image.size[::-1] if orientation in (5, 6, 7, 8) else image.size, orientation)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF tag says."""
-    image.load()  # a TIFF is turned by that, and has lost its tag
+    image.load()
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
@@ -311,7 +313,6 @@ def read_mask(path: Path, image: Frame, values: tuple[int, ...] | None = None) -
     """
     with _image(path) as mask:
         size, own = _frame(mask)
-        mask.load()  # turns a TIFF, which its array would not know
         anomalous = Image.fromarray(_anomalous(mask, values).astype(np.uint8) * 255)
     if mask.format == "TIFF":
         own = 1  # it is upright by now

@@ -8,7 +8,7 @@ from panda_lightning import CatsVsDogs, ImageFolder, PandaError
 from panda_lightning.datamodules.images import Images, View
 from panda_lightning.datamodules.reading import looks, remarks
 from tests.conftest import picture
-from tests.datamodules.files import with_orientation
+from tests.datamodules.files import png16, with_orientation
 
 SQUASH = View(32, "squash", 0, "bilinear")
 CENTRE = View(28, "center", 32, "bilinear")
@@ -45,6 +45,12 @@ def test_a_set_that_uses_little_of_its_range_is_told_what_to_set(tmp_path, most,
     assert not notes
     problems, _ = said(files, View(32, "squash", 0, "bilinear", intensity=rule))
     assert not problems
+
+
+def test_16_bit_colour_is_told_by_all_its_bits(tmp_path):
+    values = np.linspace(0, 4095, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint16)
+    (problem,), _ = said([png16(tmp_path / "a.png", values)], SQUASH)
+    assert problem.endswith("lie between 0 and 4095 (in 1 of them), so set data.intensity=bits:12.")
 
 
 def test_one_bright_image_is_enough_for_silence(tmp_path):

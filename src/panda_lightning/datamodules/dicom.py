@@ -43,11 +43,12 @@ def read(source: Path) -> tuple[npt.NDArray[Any], tuple[float, float], bool]:
         ends = apply_modality_lut(np.array([-signed, 2**data.BitsStored - 1 - signed]), data)
         values, low, high = apply_modality_lut(values, data), float(ends.min()), float(ends.max())
         function = data.get("VOILUTFunction", "LINEAR")
+        has_window = None not in (data.get("WindowCenter"), data.get("WindowWidth"))  # either may be there, and empty
         if "VOILUTSequence" in data:
             values, low, high = apply_voi_lut(values, data), 0, 2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
-        elif "WindowCenter" in data and function == "SIGMOID":
+        elif has_window and function == "SIGMOID":
             values = apply_voi_lut(values, data)
-        elif "WindowCenter" in data:
+        elif has_window:
             centre, width = (float(np.ravel(data[word].value)[0]) for word in ("WindowCenter", "WindowWidth"))
             low = centre - width / 2
             high = max(centre + width / 2 - (function == "LINEAR"), low + 1e-6)  # PS3.3 C.11.2.1.2 and C.11.2.1.3

@@ -117,7 +117,7 @@ class View:
 
     def open(self, source: Source) -> Opened:
         """Read one image."""
-        return opened(source, self.intensity != "auto", self.max_megapixels)
+        return opened(source, self.max_megapixels)
 
     def fit(self, image: Opened) -> npt.NDArray[np.uint8]:
         """Resize one image: (3, size, size)."""

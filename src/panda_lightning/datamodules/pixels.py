@@ -141,6 +141,7 @@ class Opened:
         values: Deeper values (H, W) or (H, W, 3).
         natural: See Intensity.deep.
         inverted: Whether large values are dark.
+        coarse: Whether the picture lacks the lower 8 of the file's 16 bits.
     """
 
     mode: str
@@ -149,6 +150,7 @@ class Opened:
     values: npt.NDArray[Any] | None = None
     natural: tuple[float, float] | None = None
     inverted: bool = False
+    coarse: bool = False
 
     @property
     def frame(self) -> "Frame":
@@ -170,6 +172,8 @@ class Opened:
     def rgb(self, intensity: str) -> Image.Image:
         """The picture by a rule for intensity."""
         rule = Intensity.parse(intensity)
+        if self.coarse and rule.kind != "auto":
+            raise ValueError("16-bit colour is read in PNG alone: save it so, or leave intensity out")
         if self.picture is not None:
             return rule.shallow(self.picture)
         assert self.values is not None
@@ -179,15 +183,14 @@ class Opened:
 
 def read_rgb(source: Source, intensity: str = "auto", max_megapixels: float | None = None) -> Image.Image:
     """Read an upright RGB image; see ``opened``."""
-    return opened(source, intensity != "auto", max_megapixels).rgb(intensity)
+    return opened(source, max_megapixels).rgb(intensity)
 
 
-def opened(source: Source, exact: bool = False, max_megapixels: float | None = None) -> Opened:
+def opened(source: Source, max_megapixels: float | None = None) -> Opened:
     """Read a file or an array, see this module's beginning.
 
     Args:
         source: A file, or an array (H, W) or (H, W, 3).
-        exact: Read 16-bit colour, too, with all its bits; as it is, it becomes 8 bits by leaving out the lower ones.
         max_megapixels: How large an image may be; None is Pillow's limit.
 
     Raises:
@@ -206,7 +209,8 @@ def opened(source: Source, exact: bool = False, max_megapixels: float | None = N
         mode, raw = image.mode, str(next((tile[3] for tile in getattr(image, "tile", ())), ""))
         orientation = _frame(image).orientation  # which may load it
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's own word for it
-        if exact and "16" in raw and mode in ("RGB", "RGBA", "LA"):
+        coarse = raw.startswith(("RGB;16", "RGBA;16", "LA;16"))  # of which Pillow gives 8 bits
+        if coarse and image.format == "PNG":
             return Opened(mode, orientation, values=_turned(_colour16(source), orientation), natural=(0, 65535))
         image = _upright(image)
         older = mode == "I" and (raw == "I;16B" or image.format == "PPM")  # what older Pillows say of 16 bits
@@ -215,7 +219,7 @@ def opened(source: Source, exact: bool = False, max_megapixels: float | None = N
             return Opened(mode, orientation, values=np.asarray(image).astype(np.uint16), natural=(0, full))
         if mode in ("I", "F"):
             return Opened(mode, orientation, values=np.asarray(image), natural=(0, 1) if mode == "F" else None)
-        return Opened(mode, orientation, picture=image.convert("RGB"))
+        return Opened(mode, orientation, picture=image.convert("RGB"), coarse=coarse)
 
 
 def frame(source: Source, max_megapixels: float | None = None) -> Frame:
@@ -277,8 +281,6 @@ def _colour16(source: Path) -> npt.NDArray[np.uint16]:
     """The values (H, W, 3) of a PNG of 16 bits a channel."""
     from torchvision.io import ImageReadMode, decode_image
 
-    if source.suffix.lower() != ".png":
-        raise ValueError("16-bit colour is read in PNG alone: save it so, or leave intensity out")
     values: npt.NDArray[np.uint16] = decode_image(str(source), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     return values[..., :3] if values.shape[2] > 2 else values[..., :1].repeat(3, axis=2)
 

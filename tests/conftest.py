@@ -28,6 +28,14 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """A run with several processes tells its rank by the environment; in a later test Lightning would wait for others."""
+    yield
+    assert "LOCAL_RANK" not in os.environ
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests that compare two trainings: only then do they agree bit for bit on every machine (README, clusters)."""

@@ -13,8 +13,10 @@ import torch
 from pytorch_lightning import callbacks
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
+from pytorch_lightning.trainer.states import TrainerFn
 
 from panda_lightning import PANDA, Backbone, DeepSVDD, ImageFolder, MultiHeadRotNet, PandaError
+from panda_lightning.runtime.options import require_options
 from tests.conftest import fast, make_folder
 from tests.test_cli import curve, refusal, rows
 from tests.test_distributed import launch
@@ -309,7 +311,6 @@ REFUSED = [
     ({"val_check_interval": 9}, "val_check_interval=9 is more than the 3 batches of an epoch"),
     ({"val_check_interval": 3, "limit_train_batches": 2}, "val_check_interval=3 is more than the 2 batches"),
     ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 would be ignored: set model.grad_clip"),
-    ({"sync_batchnorm": True, "strategy": "ddp", "devices": 1}, "sync_batchnorm=true has nothing to do"),
     ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 is not allowed"),
 ]  # fmt: skip
 CALLBACKS = [
@@ -333,6 +334,13 @@ def undecoded(monkeypatch):
 def test_an_option_that_cannot_be_right_is_refused_before_images_are_decoded(images, tmp_path, options, sentence):
     with pytest.raises(PandaError, match=sentence):
         fitted(images, tmp_path, **options)
+
+
+def test_sync_batchnorm_has_nothing_to_do(tmp_path):
+    run = pl.Trainer(accelerator="cpu", strategy="ddp", devices=1, sync_batchnorm=True, default_root_dir=tmp_path)
+    run.state.fn = TrainerFn.FITTING  # a real fit would leave its process group to the tests that follow
+    with pytest.raises(PandaError, match="sync_batchnorm=true has nothing to do"):
+        require_options(run)
 
 
 @pytest.mark.usefixtures("undecoded")

@@ -30,7 +30,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_process_group_left() -> Iterator[None]:
-    """A run with several processes tells its rank by the environment; in a later test Lightning would wait for others."""
+    """A run with several processes tells its rank by the environment: in a later test Lightning would wait for them."""
     yield
     assert "LOCAL_RANK" not in os.environ
     assert not torch.distributed.is_initialized()

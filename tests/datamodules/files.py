@@ -45,6 +45,29 @@ def png16(path: Path, values: np.ndarray) -> Path:
     return path
 
 
+def tiff(path: Path, values: np.ndarray, photometric: int, sample_format: int = 1) -> Path:
+    """Write (H, W) or (H, W, 3) as a TIFF of one strip, with the tags that Pillow cannot set."""
+    height, width = values.shape[:2]
+    samples = values.shape[2] if values.ndim == 3 else 1
+    data, bits = values.tobytes(), 8 * values.itemsize
+    tags = {
+        256: (4, width), 257: (4, height), 258: (3, bits), 259: (3, 1), 262: (3, photometric), 273: (4, 8),
+        277: (3, samples), 278: (4, height), 279: (4, len(data)), 339: (3, sample_format),
+    }  # fmt: skip
+    more = b""
+    end = 8 + len(data) + 2 + 12 * len(tags) + 4
+    entries = b""
+    for tag, (kind, value) in tags.items():
+        if tag in (258, 339) and samples > 1:
+            entries += struct.pack("<HHII", tag, 3, samples, end + len(more))
+            more += struct.pack("<3H", *[value] * 3)
+        else:
+            entries += struct.pack("<HHII", tag, kind, 1, value)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + more)
+    return path
+
+
 def dicom(path: Path, values: np.ndarray, bits: int = 12, kind: str = "MONOCHROME2", **tags) -> Path:
     """Write (H, W) or (H, W, 3) whole numbers as a DICOM file of a patient, uncompressed."""
     from pydicom.dataset import FileDataset, FileMetaDataset

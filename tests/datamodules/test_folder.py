@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import shutil
@@ -114,6 +115,28 @@ def test_linked_folders_are_read(tmp_path, folder):
     data = ImageFolder(root=str(folder), normal_class="spot")
     data.setup("fit")
     assert len(data.normal_images) == 18
+
+
+def test_images_beside_class_folders_are_counted(folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    picture("spot", 1).save(folder / "test/loose.png")
+    ImageFolder(str(folder), normal_class="spot").setup("test")
+    assert re.search(r"1 images in .*test itself are passed over, for they are in no class", caplog.text)
+    (tmp_path / "flat").mkdir()
+    picture("spot", 1).save(tmp_path / "flat/a.png")
+    with pytest.raises(PandaError, match=r"1 images lie in .*flat itself: put the normal ones in .*flat/train/good"):
+        ImageFolder(str(tmp_path / "flat"), normal_class="spot").setup("test")
+
+
+def test_folders_may_begin_with_a_capital(folder):
+    (folder / "train").rename(folder / "Train")
+    (folder / "test").rename(folder / "TEST")
+    (folder / "Ground_Truth/stripe").mkdir(parents=True)
+    Image.new("L", (40, 40), 1).save(folder / "Ground_Truth/stripe/000.png")
+    data = ImageFolder(str(folder))
+    data.setup("fit")
+    assert (len(data.normal_images), len(data.test_images)) == (11, 13)
+    assert data.test_images.masks[7] == folder / "Ground_Truth/stripe/000.png"
 
 
 def test_the_home_folder(folder, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from panda_lightning.datamodules.layout import folders_in, images_below, listed, masks_of, passed_over
+from panda_lightning.datamodules.layout import folders_in, images_below, listed, masks_of, named, passed_over
 from tests.conftest import picture
 
 
@@ -50,6 +50,21 @@ def test_links_are_followed_and_loops_and_dead_links_counted(tmp_path):
     assert others == {"dead links": 1, "links to a folder above": 2}
 
 
+def test_a_link_out_of_a_class_folder_to_those_above_is_not_followed(tmp_path):
+    touch(tmp_path / "test/good/a.png", tmp_path / "test/bad/b.png")
+    (tmp_path / "test/good/up").symlink_to(tmp_path / "test")
+    (tmp_path / "test/good/top").symlink_to(tmp_path)
+    images, others = listed(tmp_path / "test/good")
+    assert [path.name for path in images] == ["a.png"]
+    assert others == {"links to a folder above": 2}
+
+
+def test_folders_are_found_in_upper_and_lower_case(tmp_path):
+    touch(tmp_path / "Train/a.png")
+    assert named(tmp_path, "train") == tmp_path / "Train"
+    assert named(tmp_path, "test") == tmp_path / "test"
+
+
 def test_file_names_that_are_not_utf8(tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.png"
     picture("spot", 0).save(tmp_path / "a.png")
@@ -84,3 +99,9 @@ def test_a_mask_of_the_very_name_comes_first(tmp_path):
     touch(*(tmp_path / "masks" / name for name in ("a.png", "a_mask.png", "A_mask.png")))
     assert masks_of([tmp_path / "t/A.png"], tmp_path / "t", tmp_path / "masks") == [tmp_path / "masks/A_mask.png"]
     assert masks_of([tmp_path / "t/a.png"], tmp_path / "t", tmp_path / "masks") == [tmp_path / "masks/a_mask.png"]
+
+
+def test_a_mask_of_another_image_is_not_taken_for_its_name_in_other_case(tmp_path):
+    touch(tmp_path / "masks/A_mask.png")
+    found = masks_of([tmp_path / "t/A.png", tmp_path / "t/a.png"], tmp_path / "t", tmp_path / "masks")
+    assert found == [tmp_path / "masks/A_mask.png", None]

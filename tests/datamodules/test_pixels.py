@@ -7,7 +7,7 @@ from PIL import Image
 
 from panda_lightning.datamodules.pixels import Frame, _turned, frame, opened, read_mask, read_rgb
 from tests.conftest import picture
-from tests.datamodules.files import STORED, dicom, png16, reencode, with_orientation
+from tests.datamodules.files import STORED, dicom, png16, reencode, tiff, with_orientation
 
 
 @pytest.fixture
@@ -86,6 +86,39 @@ def test_8_bits_stay_as_they_are_but_for_a_window(tmp_path, grey):
 def test_colour_of_16_bits_without_a_rule_is_its_high_bytes(tmp_path, grey):
     wide = np.stack([grey.astype(np.uint16) * 256 + 255] * 3, axis=2)
     np.testing.assert_array_equal(np.asarray(read_rgb(png16(tmp_path / "a.png", wide))), wide >> 8)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.ppm"])
+def test_16_bit_colour_that_pillow_halves_is_refused_with_a_rule(tmp_path, grey, name):
+    wide = np.stack([grey.astype(np.uint16) * 257] * 3, axis=2)
+    if name == "a.tif":
+        tiff(tmp_path / name, wide, photometric=2)
+    else:
+        (tmp_path / name).write_bytes(b"P6 30 20 65535\n" + wide.astype(">u2").tobytes())
+    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / name)), wide >> 8)
+    for rule in ("bits:12", "window:0,99"):
+        with pytest.raises(ValueError, match="16-bit colour is read in PNG alone"):
+            read_rgb(tmp_path / name, rule)
+
+
+def test_tiffs_whose_0_is_white_and_signs_and_large_numbers(tmp_path, grey):
+    wide = grey.astype(np.uint16) * 257
+    for values, rule in ((grey, "auto"), (wide, "auto"), ((grey / 255).astype(np.float32), "window:0,1")):
+        kind = 3 if values.dtype == np.float32 else 1
+        found = np.asarray(read_rgb(tiff(tmp_path / "white.tif", values, 0, kind), rule))[..., 0]
+        np.testing.assert_array_equal(found, 255 - grey)
+    large = grey.astype(np.uint32) * 2**24
+    np.testing.assert_array_equal(np.asarray(read_rgb(tiff(tmp_path / "u.tif", large, 1), "bits:32"))[..., 0], grey)
+    signed = (grey.astype(int) - 128).astype(np.int8)
+    found = np.asarray(read_rgb(tiff(tmp_path / "s.tif", signed, 1, 2), "window:-128,127"))[..., 0]
+    np.testing.assert_array_equal(found, grey)
+    with pytest.raises(ValueError, match="-128 to 127, have no range of their own"):
+        read_rgb(tmp_path / "s.tif")
+
+
+def test_a_broken_tag_is_none(tmp_path, grey):
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
+    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "a.png"))[..., 0], grey)
 
 
 # ---- orientation -------------------------------------------------------------------------------------------------
@@ -197,6 +230,13 @@ def test_mask_values_name_what_is_anomalous(tmp_path):
         np.testing.assert_array_equal(np.asarray(inverted) > 0, numbers == 0)
 
 
+def test_mask_values_of_a_lossy_mask_are_the_nearest(tmp_path, drawn):
+    Image.fromarray(drawn.astype(np.uint8) * 255).save(tmp_path / "a.jpg", quality=20)
+    for values, expected in (((255,), drawn), ((0,), ~drawn), ((100, 255), drawn)):
+        found = np.asarray(read_mask(tmp_path / "a.jpg", Frame((30, 20), 1), values)[0]) > 0
+        assert (found != expected).mean() < 0.05
+
+
 @pytest.mark.parametrize("number", STORED)
 def test_masks_are_in_the_frame_of_their_tool(tmp_path, drawn, number):
     """Drawn upright, or on the picture as it is stored; a square one is taken for upright."""
@@ -260,6 +300,35 @@ def test_dicom_with_half_a_window_has_none(tmp_path, grey, tags):
     assert abs(found - grey).max() <= 1
 
 
+def test_dicom_of_8_bits_stays_as_it_is(tmp_path, grey):
+    path = dicom(tmp_path / "a.dcm", grey, 8)
+    for rule in ("auto", "bits:12"):
+        np.testing.assert_array_equal(np.asarray(read_rgb(path, rule))[..., 0], grey)
+
+
+def test_a_window_of_ones_own_comes_in_place_of_the_files(tmp_path, grey):
+    tags = {"WindowCenter": 1000, "WindowWidth": 500}
+    for function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        path = dicom(tmp_path / f"{function}.dcm", grey.astype(np.uint16) * 16, VOILUTFunction=function, **tags)
+        found = np.asarray(read_rgb(path, "window:0,4080"))[..., 0]
+        np.testing.assert_array_equal(found, grey)
+    curve = np.asarray(read_rgb(path))[..., 0].astype(float)  # PS3.3 C.11.2.1.3.1
+    expected = 255 / (1 + np.exp(-4 * (grey.astype(float) * 16 - 1000) / 500))
+    assert abs(curve - expected).max() <= 1
+
+
+def test_dicom_with_a_narrow_window_keeps_its_levels(tmp_path, grey):
+    tags = {"WindowCenter": 0.5, "WindowWidth": 0.8, "RescaleSlope": 1 / 4080, "RescaleIntercept": 0}
+    found = np.asarray(read_rgb(dicom(tmp_path / "a.dcm", grey.astype(np.uint16) * 16, **tags)))[..., 0].astype(float)
+    assert abs(found - ((grey / 255 - 0.1) / 0.8 * 255).clip(0, 255)).max() <= 1
+
+
+def test_dicom_in_colour_of_12_bits(tmp_path):
+    values = np.asarray(picture("cloud", 5, 24)).astype(np.uint16) * 16
+    found = np.asarray(read_rgb(dicom(tmp_path / "a.dcm", values, 12, "RGB"))).astype(int)
+    assert abs(found - values // 16).max() <= 1
+
+
 def test_dicom_in_colour(tmp_path):
     values = np.asarray(picture("cloud", 5, 24))
     found = read_rgb(dicom(tmp_path / "a.dcm", values, 8, "RGB"))
@@ -290,6 +359,7 @@ def test_large_images_have_an_option(tmp_path, monkeypatch, name):
         found = list(pool.map(lambda _: read_rgb(tmp_path / name, max_megapixels=0.2).size, range(20)))
     assert found == [(400, 300)] * 20
     assert Image.MAX_IMAGE_PIXELS == 50_000
+    assert read_mask(tmp_path / name, Frame((400, 300), 1), max_megapixels=0.2)[0].size == (400, 300)
     with pytest.raises(ValueError, match=r"400 x 300 pixels are more than max_megapixels=0\.1"):
         read_rgb(tmp_path / name, max_megapixels=0.1)
     assert Image.MAX_IMAGE_PIXELS == 50_000

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import OpenShare
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.layout import folders_in, listed, masks_of, passed_over
+from panda_lightning.datamodules.layout import folders_in, images_in, listed, masks_of, named, passed_over
 from panda_lightning.datamodules.pixels import ENDINGS
 from panda_lightning.types import PandaError
 
@@ -52,7 +52,7 @@ class ImageFolder(AnomalyDataModule):
 
     @override
     def read(self, split: Split) -> Images:
-        if self.split is not None and (self.root / "train").is_dir():
+        if self.split is not None and named(self.root, "train").is_dir():
             raise PandaError(f"{self.root} has a folder train already, so data.split={self.split} is not for it.")
         folders = {name: self._class_folders(name) for name in ("train", "test")}
         found = {folder: listed(folder) for several in folders.values() for folder in several}
@@ -62,10 +62,13 @@ class ImageFolder(AnomalyDataModule):
         sources = [path for folder in folders[split] for path in found[folder][0]]
         targets = [self.classes.index(folder.name) for folder in folders[split] for _ in found[folder][0]]
         others = sum((found[folder][1] for folder in folders[split]), Counter[str]())
-        images = Images(sources, np.array(targets, dtype=np.int64), notes=passed_over(others))
+        notes = passed_over(others)
+        if loose := len(images_in(self._above(split))):
+            notes += (f"{loose} images in {self._above(split)} itself are passed over, for they are in no class.",)
+        images = Images(sources, np.array(targets, dtype=np.int64), notes=notes)
         if self.split is not None:
             images = images.take(self._rows(split, images))
-        masks = self.root / "ground_truth"
+        masks = named(self.root, "ground_truth")
         if split == "train" or not masks.is_dir():
             return images
         files: Any = images.sources
@@ -85,14 +88,19 @@ class ImageFolder(AnomalyDataModule):
         return train if split == "train" else np.setdiff1d(np.arange(len(images)), train)
 
     def _above(self, split: Split) -> Path:
-        return self.root if self.split is not None else self.root / split
+        return self.root if self.split is not None else named(self.root, split)
 
     def _class_folders(self, split: Split) -> list[Path]:
-        return [folder for folder in folders_in(self._above(split)) if folder.name != "ground_truth"]
+        return [folder for folder in folders_in(self._above(split)) if folder.name.lower() != "ground_truth"]
 
     def _missing(self) -> str:
         found = [folder.name for folder in folders_in(self.root) if listed(folder)[0]]
-        bare = [name for name in found if name != "ground_truth"]
+        bare = [name for name in found if name.lower() != "ground_truth"]
+        if loose := len(images_in(self.root)):
+            return (
+                f"{loose} images lie in {self.root} itself: put the normal ones in {self.root}/train/good, and what is "
+                "to be scored in test/good and test/bad, or set data.split for good and bad alone."
+            )
         if self.split is None and bare and not {"train", "test"} & set(bare):
             return (
                 f"{self.root} holds {', '.join(bare[:8])}, but neither train nor test: set data.split=0.8 to train on "

@@ -126,7 +126,9 @@ class View:
 
     def mask(self, mask: Path, source: Source) -> npt.NDArray[np.bool_]:
         """Read and resize the mask of an image: (size, size)."""
-        return self.fit_mask(read_mask(mask, frame(source, self.max_megapixels), self.mask_values)[0])
+        return self.fit_mask(
+            read_mask(mask, frame(source, self.max_megapixels), self.mask_values, self.max_megapixels)[0]
+        )
 
     def fit_mask(self, mask: Image.Image) -> npt.NDArray[np.bool_]:
         """Resize one mask, 255 where anomalous: (size, size)."""

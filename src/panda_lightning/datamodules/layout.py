@@ -20,6 +20,12 @@ def find_folder(root: Path, *choices: str) -> Path | None:
     return None
 
 
+def named(folder: Path, name: str) -> Path:
+    """A folder in a folder by its name, in upper or lower case where it is not there as written."""
+    alike = [path for path in folders_in(folder) if path.name.lower() == name]
+    return folder / name if (folder / name).is_dir() or len(alike) != 1 else alike[0]
+
+
 def is_junk(name: str) -> bool:
     """Whether a file or folder of this name is a system's own: hidden, macOS's, a notebook's."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -49,7 +55,9 @@ def listed(folder: Path) -> tuple[list[Path], Counter[str]]:
     """
     images: list[Path] = []
     others: Counter[str] = Counter()
-    above = {str(folder): {_identity(folder)}} if folder.is_dir() else {}  # by folder, those that hold it
+    above = {}  # by folder, those that hold it
+    if folder.is_dir():
+        above[str(folder)] = {_identity(place) for place in (folder, *folder.absolute().parents)}
     for place, names, files in os.walk(folder, followlinks=True):
         names[:] = [name for name in names if not is_junk(name)]
         for name in list(names):
@@ -94,12 +102,12 @@ def masks_of(images: Sequence[Path], below: Path, masks: Path) -> list[Path | No
     exact = {_stem(path, masks): path for path in reversed(files)}
     loose = {stem.lower(): path for stem, path in exact.items()}
 
-    def mask(stem: str) -> Path | None:
-        names = (f"{stem}_mask", stem)
-        tried = [*(exact.get(name) for name in names), *(loose.get(name.lower()) for name in names)]
-        return next((path for path in tried if path is not None), None)
-
-    return [mask(_stem(image, below)) for image in images]
+    stems = [_stem(image, below) for image in images]
+    names = [(f"{stem}_mask", stem) for stem in stems]
+    found = [next((exact[name] for name in several if name in exact), None) for several in names]
+    free = {name: path for name, path in loose.items() if path not in found}  # what belongs to no other image
+    lower = [next((free[name.lower()] for name in several if name.lower() in free), None) for several in names]
+    return [mask or other for mask, other in zip(found, lower, strict=True)]
 
 
 def _stem(path: Path, folder: Path) -> str:

@@ -7,19 +7,23 @@ Colour: grey is repeated, an alpha channel dropped. Of files with several pictur
 Intensity: 8 bits stay as they are. What is deeper follows one rule for all images of a data set. Nothing is stretched
 image by image, which would hide how bright a picture is.
 
-- ``auto``: the range of the file's own format: 16 bits 0 to 65535, floating point 0 to 1, DICOM its window (or else its
-  bits). 32-bit integers, which have none, are refused.
+- ``auto``: the range of the file's own format: 16 bits 0 to 65535, packed 12 bits 0 to 4095, floating point 0 to 1,
+  DICOM its window (or else its bits). 32-bit integers, which have none, are refused.
 - ``bits:N``: whole numbers from 0 to 2**N - 1; larger ones are refused. 8-bit files stay as they are.
 - ``window:LO,HI``: LO becomes 0 and HI becomes 255, of whatever the file holds; what lies beyond is clipped. In DICOM
   these are values after its slope and intercept, in 8-bit files 0 to 255.
 
+Colour of 16 bits has all of them in PNG alone: Pillow reads 8 of other formats, so that rules for more are refused.
+
 DICOM: see datamodules/dicom.py.
 
-Masks: 0 is background, any other value is anomalous. In colours black is background; where transparency varies, what is
-transparent is. Lossy files (JPEG, WebP, AVIF) are cut at 127. ``mask_values`` names the anomalous values instead.
+Masks: 0, or black in a picture with colours, is background; any other value is anomalous. Where a mask has transparency
+that varies, this alone counts: transparent pixels are background. Formats that may be lossy (JPEG, WebP, AVIF, JPEG
+2000) are cut at 127, since 0 and 255 come out of them only nearly. ``mask_values`` names the anomalous values instead:
+grey values (in colours: their brightness), numbers of a palette, 0 and 1 of a 1-bit mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -99,19 +103,20 @@ class Intensity:
         if not np.isfinite([low, high]).all():
             raise ValueError("some values are NaN or infinite")
         says = f"its values, {low:g} to {high:g},"
-        if self.kind == "bits":
+        kind = "auto" if self.kind == "bits" and natural == (0, 255) else self.kind  # 8 bits stay as they are
+        if kind == "bits":
             if not whole:
                 raise ValueError(f"{says} are floating-point: set intensity to window:LO,HI")
             if low < 0 or high > self.high:
                 raise ValueError(f"{says} exceed bits:{int(self.high).bit_length()}, 0 to {self.high:g}")
             return (values >> (int(self.high).bit_length() - 8)).astype(np.uint8)
-        if self.kind == "auto" and natural is None:
+        if kind == "auto" and natural is None:
             raise ValueError(f"{says} have no range of their own: set intensity to bits:N or window:LO,HI")
-        if self.kind == "auto" and natural == (0, 65535):
+        if kind == "auto" and natural == (0, 65535):
             return (values >> 8).astype(np.uint8)
-        if self.kind == "auto" and natural == (0, 1) and (low < 0 or high > 1):
+        if kind == "auto" and natural == (0, 1) and (low < 0 or high > 1):
             raise ValueError(f"{says} lie outside 0 to 1: set intensity to window:LO,HI")
-        bottom, top = natural if self.kind == "auto" and natural is not None else (self.low, self.high)
+        bottom, top = natural if kind == "auto" and natural is not None else (self.low, self.high)
         scaled = (values.astype(np.float64) - bottom) * 255 / (top - bottom)
         return scaled.clip(0, 255).round().astype(np.uint8)
 
@@ -142,6 +147,7 @@ class Opened:
         natural: See Intensity.deep.
         inverted: Whether large values are dark.
         coarse: Whether the picture lacks the lower 8 of the file's 16 bits.
+        curve: What ``auto`` makes of the values first, where the format says so.
     """
 
     mode: str
@@ -151,6 +157,7 @@ class Opened:
     natural: tuple[float, float] | None = None
     inverted: bool = False
     coarse: bool = False
+    curve: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None = None
 
     @property
     def frame(self) -> "Frame":
@@ -177,7 +184,8 @@ class Opened:
         if self.picture is not None:
             return rule.shallow(self.picture)
         assert self.values is not None
-        grey = rule.deep(self.values, self.natural)
+        curved = self.curve is not None and rule.kind == "auto"
+        grey = rule.deep(self.curve(self.values) if curved and self.curve else self.values, self.natural)
         return Image.fromarray(255 - grey if self.inverted else grey).convert("RGB")
 
 
@@ -201,24 +209,30 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
     if source.suffix.lower() in (".dcm", ".dicom"):
         from panda_lightning.datamodules import dicom  # pydicom is slow to import
 
-        values, natural, inverted = dicom.read(source)
+        values, natural, inverted, curve = dicom.read(source)
         if natural == (0, 255) and values.ndim == 3:
-            return Opened("DICOM", picture=Image.fromarray(values))
-        return Opened("DICOM", values=values, natural=natural, inverted=inverted)
+            return Opened("DICOM", picture=Image.fromarray(values.astype(np.uint8)))
+        return Opened("DICOM", values=values, natural=natural, inverted=inverted, curve=curve)
     with _image(source, max_megapixels) as image:
-        mode, raw = image.mode, str(next((tile[3] for tile in getattr(image, "tile", ())), ""))
+        mode, (raw, most) = image.mode, _stored(image)
         orientation = _frame(image).orientation  # which may load it
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's own word for it
-        coarse = raw.startswith(("RGB;16", "RGBA;16", "LA;16"))  # of which Pillow gives 8 bits
+        tags = getattr(image, "tag_v2", {})  # of TIFF: bits, how white is written, and how signs are
+        bits, white_is_0, signed = tags.get(258, (16,))[0], tags.get(262) == 0, tags.get(339, (1,))[0] == 2
+        coarse = raw.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16")) or (mode == "RGB" and most > 255)
         if coarse and image.format == "PNG":
             return Opened(mode, orientation, values=_turned(_colour16(source), orientation), natural=(0, 65535))
         image = _upright(image)
         older = mode == "I" and (raw == "I;16B" or image.format == "PPM")  # what older Pillows say of 16 bits
         if mode.startswith("I;16") or older:
             full = 2 ** min(bits, 16) - 1
-            return Opened(mode, orientation, values=np.asarray(image).astype(np.uint16), natural=(0, full))
-        if mode in ("I", "F"):
-            return Opened(mode, orientation, values=np.asarray(image), natural=(0, 1) if mode == "F" else None)
+            grey = np.asarray(image).astype(np.uint16)
+            return Opened(mode, orientation, values=grey, natural=(0, full), inverted=white_is_0)
+        if mode in ("I", "F") or (mode == "L" and signed):
+            deep: npt.NDArray[Any] = np.asarray(image)
+            if mode == "I" and tags and bits == 32 and not signed:  # Pillow knows no unsigned ones
+                deep = deep.view(np.uint32)
+            deep = deep.view(np.int8) if mode == "L" else deep
+            return Opened(mode, orientation, values=deep, natural=(0, 1) if mode == "F" else None, inverted=white_is_0)
         return Opened(mode, orientation, picture=image.convert("RGB"), coarse=coarse)
 
 
@@ -230,9 +244,23 @@ def frame(source: Source, max_megapixels: float | None = None) -> Frame:
         return _frame(image)
 
 
+def _stored(image: Image.Image) -> tuple[str, int]:
+    """How the file of an image that is not loaded yet holds its values, in Pillow's words, and PPM's largest value."""
+    how = next((tile[3] for tile in getattr(image, "tile", ())), "")
+    parts = how if isinstance(how, tuple) else (how,)
+    return str(parts[0] if parts else ""), int(parts[-1]) if image.format == "PPM" and parts[1:] else 0
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError):  # a broken tag is none
+        return 1
+
+
 def _frame(image: Image.Image) -> Frame:
     """The frame of an image that is not loaded yet."""
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = _orientation(image)
     if image.format == "TIFF":
         image.load()  # Pillow turns it then, and takes the tag away
         return Frame(image.size, orientation)
@@ -242,7 +270,7 @@ def _frame(image: Image.Image) -> Frame:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF tag says."""
     image.load()
-    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -296,16 +324,20 @@ def _turned(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
-def read_mask(path: Path, image: Frame, values: tuple[int, ...] | None = None) -> tuple[Image.Image, bool]:
+def read_mask(
+    path: Path, image: Frame, values: tuple[int, ...] | None = None, max_megapixels: float | None = None
+) -> tuple[Image.Image, bool]:
     """Read the mask of an image in the image's upright frame: a grey picture, 255 where anomalous.
 
     A mask is turned as its own EXIF tag says. One without a tag was drawn on the upright image, or, where its sides
-    fit only then, on the image as it is stored, and is turned like it.
+    fit only then, on the image as it is stored, and is turned like it. (Sides do not tell for a square image, nor for
+    one that is mirrored or turned by 180 degrees: the mask is then taken for upright.)
 
     Args:
         path: The mask's file.
         image: The frame of the image that it belongs to.
-        values: The values that are anomalous: of grey, or of a palette's numbers.
+        values: The values that are anomalous, see this module's beginning.
+        max_megapixels: See ``opened``.
 
     Returns:
         The mask, of its own size or, if that has other sides than the image, of the image's; and whether it has.
@@ -313,7 +345,7 @@ def read_mask(path: Path, image: Frame, values: tuple[int, ...] | None = None) -
     Raises:
         OSError, ValueError: If it cannot be read.
     """
-    with _image(path) as mask:
+    with _image(path, max_megapixels) as mask:
         size, own = _frame(mask)
         anomalous = Image.fromarray(_anomalous(mask, values).astype(np.uint8) * 255)
     if mask.format == "TIFF":
@@ -336,8 +368,12 @@ def _anomalous(mask: Image.Image, values: tuple[int, ...] | None) -> npt.NDArray
     """Which pixels (H, W) of a mask's file are anomalous."""
     cut = 127 if mask.format in LOSSY else 0
     if values is not None:
-        numbers = mask if mask.mode == "P" or mask.mode[0] in "LIF1" else mask.convert("L")
-        return np.isin(np.asarray(numbers).reshape(mask.height, mask.width, -1)[..., 0], values)
+        numbers = np.asarray(mask if mask.mode == "P" or mask.mode[0] in "LIF1" else mask.convert("L"))
+        numbers = numbers.reshape(mask.height, mask.width, -1)[..., 0]
+        if cut:  # a lossy value is the nearest of those that can be meant
+            levels = np.array(sorted({0, 255, *values}))
+            numbers = levels[abs(numbers[..., None].astype(int) - levels).argmin(axis=-1)]
+        return np.isin(numbers, values)
     if "A" in mask.mode or "transparency" in mask.info:
         alpha = np.asarray(mask.convert("RGBA"))[..., 3]
         if alpha.min() < alpha.max():

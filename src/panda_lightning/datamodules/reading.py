@@ -85,7 +85,7 @@ def look(view: View, source: Source, mask: Path | None = None, extremes: bool = 
     if mask is None:
         return Look(Facts(**facts), pixels)
     try:
-        picture, stretched = read_mask(mask, image.frame, view.mask_values)
+        picture, stretched = read_mask(mask, image.frame, view.mask_values, view.max_megapixels)
     except ERRORS as error:
         return Look(Facts(**facts, unreadable=f"its mask {mask.name}: {_reason(mask, error)}"))
     fitted, whole = view.fit_mask(picture), np.asarray(picture) > 0
@@ -128,13 +128,15 @@ def remarks(images: Images, facts: Sequence[Facts], view: View) -> tuple[list[st
     brightest = max((facts[i].brightest for i in seen), default=255)
     if brightest < DARK and view.intensity == "auto":
         some = [images.sources[i] for i in seen[:: math.ceil(len(seen) / 16)]]
-        low, high = zip(*(view.open(source).extremes for source in some), strict=True)
+        looked = [view.open(source) for source in some]
+        low, high = zip(*(image.extremes for image in looked), strict=True)
         least, most = min(low), max(high)
-        bits = max(8, int(most).bit_length())
+        bits = next((bits for bits in (8, 10, 12, 14) if most < 2**bits), 16)  # as cameras have them
         rule = f"bits:{bits}" if most > 255 and least >= 0 else f"window:{least:g},{most:g}"
+        cure = "so save them as PNG, and look again" if looked[0].coarse else f"so set data.intensity={rule}"
         problems.append(
             f"{len(seen)} images reach {brightest} of 255 at most, so the network sees them nearly black: their values "
-            f"lie between {least:g} and {most:g} (in {len(some)} of them), so set data.intensity={rule}."
+            f"lie between {least:g} and {most:g} (in {len(some)} of them), {cure}."
         )
     add(notes, [i for i in seen if facts[i].turned], "are turned as their EXIF orientation says")
     if view.crop == "center" and view.before is None and seen:

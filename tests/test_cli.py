@@ -257,9 +257,9 @@ def test_a_run_in_its_folder_goes_on_under_the_same_id(run, workdir):
         wandb.finish()
     assert curve(workdir / "runs/panda-7/version_0")[-1][0] == 1
     assert [epoch for epoch, _ in curve(workdir / "runs/panda-7/version_1")] == [0, 1, 2]
-    pieces = sorted((workdir / "runs/panda-7/wandb").glob("offline-run-*"))
-    assert [piece.name.split("-", 3)[3] for piece in pieces] == ["runs-panda-7"] * len(pieces)
-    assert len(pieces) == 2
+    # the file's name, not its folder's: that of a second run within a second ends in -1
+    pieces = [piece.name for piece in (workdir / "runs/panda-7/wandb").glob("offline-run-*/run-*.wandb")]
+    assert pieces == ["run-runs-panda-7.wandb"] * 2
 
 
 def test_a_run_that_was_killed_when_all_was_done_has_the_whole_curve_again(run, folder, workdir):

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from panda_lightning.datamodules import FashionMNIST
-from panda_lightning.datamodules.images import Images
 from panda_lightning.datamodules.outliers import SAME, _spectrum, _thumbnails, _windows, likeness
-from panda_lightning.datamodules.pixels import read_rgb
+from panda_lightning.pictures.images import Images
+from panda_lightning.pictures.pixels import read_rgb
 
 
 def shifted(image, right, down):

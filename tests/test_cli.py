@@ -17,8 +17,8 @@ from lightning_utilities.core.imports import RequirementCache
 
 from panda_lightning import CIFAR10, PANDA, ImageFolder
 from panda_lightning.cli import at_home, main
-from panda_lightning.datamodules.images import View
 from panda_lightning.datamodules.mvtec import CATEGORIES
+from panda_lightning.pictures.images import View
 from panda_lightning.tools import main as panda
 from tests.conftest import fast, make_clouds, make_folder
 from tests.datamodules import official

@@ -14,7 +14,7 @@ LAYERS = [
         "networks.scratch", "runtime.checkpoints", "runtime.features",
         "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },
-    {"networks.loading", "runtime.agreement", "search.coreset", "search.sharded"},
+    {"networks.loading", "pictures", "runtime.agreement", "search.coreset", "search.sharded"},
     {"networks.backbones"},
     {"formulas.fisher", "networks.prefix_cache", "networks.pyramid"},
     {"callbacks", "datamodules"},

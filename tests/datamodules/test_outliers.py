@@ -12,7 +12,7 @@ from panda_lightning import PandaError
 from panda_lightning.datamodules import CIFAR10, Digits, ImageFolder, outliers
 from panda_lightning.datamodules.base import Images
 from panda_lightning.datamodules.outliers import apart_from, likeness, read_outliers
-from panda_lightning.datamodules.reading import look
+from panda_lightning.pictures.reading import look
 from tests.datamodules.official import make_cifar10
 
 DATASETS = {"CIFAR10": CIFAR10, "Digits": Digits}

@@ -14,10 +14,10 @@ from rich.console import Console
 from torch.nn.functional import conv2d
 from torch.utils.data import DataLoader
 
-from panda_lightning.datamodules.images import Images, View
 from panda_lightning.datamodules.loaders import ShardedSampler
-from panda_lightning.datamodules.reading import Decoded, ImageDataset, as_is
 from panda_lightning.networks.prefix_cache import cache_prefix
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is
 
 WEIGHT = torch.randint(-1, 2, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
 

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Number, Positive, Seed
-from panda_lightning.datamodules.images import Images, View
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
-from panda_lightning.datamodules.pixels import Intensity
-from panda_lightning.datamodules.reading import Decoded, ImageDataset, as_is, decoded
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.pixels import Intensity
+from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is, decoded
 from panda_lightning.runtime.whole import alone, new_file
 from panda_lightning.types import Batch, PandaError
 
@@ -53,7 +53,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         interpolation: bilinear or bicubic; None takes the network's own.
         intensity: What becomes of files with more than 8 bits a value: auto (the default) takes the range of the format
             (16 bits: 0 to 65535; floating point: 0 to 1; DICOM: its window), bits:N takes 0 to 2^N - 1, window:LO,HI
-            makes LO black and HI white; see datamodules/pixels.py.
+            makes LO black and HI white; see pictures/pixels.py.
         mask_values: Values of masks that are anomalous: of grey, or of a palette's numbers; None is all but 0.
         max_megapixels: The largest image to read, in million pixels; None is Pillow's limit, 179.
         batch_size: Images of a training step, over all processes together.
@@ -194,7 +194,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         return View(size, crop, resize, interpolation, self.before, rule, values, self.max_megapixels)
 
     @property
-    def before(self) -> Callable[[Image.Image, Image.Resampling], Image.Image] | None:
+    def before(self) -> str | None:
         """What this data set does to image and mask first, see View."""
         return None
 

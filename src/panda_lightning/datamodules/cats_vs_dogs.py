@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch, unpack
-from panda_lightning.datamodules.layout import images_in
+from panda_lightning.pictures.layout import images_in
 from panda_lightning.types import PandaError
 
 BROKEN = {("cat", 666), ("dog", 11702)}  # of Microsoft's 25,000 files: empty or no image

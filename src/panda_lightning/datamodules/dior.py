@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Count, Number
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.layout import find_folder, images_in
-from panda_lightning.datamodules.pixels import read_rgb
+from panda_lightning.pictures.layout import find_folder, images_in
+from panda_lightning.pictures.pixels import read_rgb
 from panda_lightning.runtime.whole import new_folder
 from panda_lightning.types import PandaError
 

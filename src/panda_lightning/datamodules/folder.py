@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from panda_lightning.arguments import OpenShare
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.layout import folders_in, images_in, listed, masks_of, named, passed_over
-from panda_lightning.datamodules.pixels import ENDINGS
+from panda_lightning.pictures.layout import folders_in, images_in, listed, masks_of, named, passed_over
+from panda_lightning.pictures.pixels import ENDINGS
 from panda_lightning.types import PandaError
 
 
@@ -29,7 +29,7 @@ class ImageFolder(AnomalyDataModule):
     root>"), so that the split depends on names alone; a run writes it to ``manifest.csv``.
 
     A folder ``root/ground_truth`` holds the masks of anomalous images, if any: ``ground_truth/<class>/<name>_mask.png``
-    as in MVTec AD, or a file of the image's name, with any ending. How they are read: datamodules/pixels.py.
+    as in MVTec AD, or a file of the image's name, with any ending. How they are read: pictures/pixels.py.
 
     ``crop`` is squash by default, for the middle of a wide picture may not hold the defect.
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Count, Number, Seed
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
-from panda_lightning.datamodules.layout import find_folder, images_below
+from panda_lightning.pictures.layout import find_folder, images_below
 from panda_lightning.types import PandaError
 
 
@@ -57,8 +57,8 @@ class HyperKvasir(AnomalyDataModule):
 
     @property
     @override
-    def before(self) -> Callable[[Image.Image, Image.Resampling], Image.Image] | None:
-        return crop if self.crop_margins else None
+    def before(self) -> str | None:
+        return "crop" if self.crop_margins else None
 
     @override
     def read(self, split: Split) -> Images:
@@ -116,11 +116,6 @@ class HyperKvasir(AnomalyDataModule):
             "labeled-images/lower-gi-tract/*/<class>/*.jpg and segmented-images/{images,masks}/*.jpg are there; or "
             "set --data.root."
         )
-
-
-def crop(image: Image.Image, how: Image.Resampling) -> Image.Image:
-    """Resize to 512 x 512 pixels and cut the margins off: 430 x 430."""
-    return image.resize((512, 512), how).crop((45, 45, 475, 475))
 
 
 def canonical(class_name: str) -> str:

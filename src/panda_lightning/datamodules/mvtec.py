@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch, unpack
-from panda_lightning.datamodules.layout import folders_in, listed, masks_of, passed_over
+from panda_lightning.pictures.layout import folders_in, listed, masks_of, passed_over
 from panda_lightning.types import PandaError
 
 CATEGORIES = (

@@ -15,10 +15,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from panda_lightning.datamodules.images import Images, View
-from panda_lightning.datamodules.layout import images_below
-from panda_lightning.datamodules.pixels import ENDINGS
-from panda_lightning.datamodules.reading import look
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.pixels import ENDINGS
+from panda_lightning.pictures.reading import look
 from panda_lightning.search.knn import full_float32
 from panda_lightning.types import PandaError
 

@@ -18,11 +18,11 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Fraction, OpenShare, Positive, Seed
-from panda_lightning.datamodules.images import Images, View
-from panda_lightning.datamodules.layout import images_below
 from panda_lightning.datamodules.loaders import ShardedSampler
-from panda_lightning.datamodules.reading import ImageDataset, as_is, decoded
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.reading import ImageDataset, as_is, decoded
 from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError

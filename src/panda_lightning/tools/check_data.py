@@ -27,8 +27,8 @@ from rich.table import Table
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
-from panda_lightning.datamodules.images import Images
-from panda_lightning.datamodules.reading import Facts, looks, remarks
+from panda_lightning.pictures.images import Images
+from panda_lightning.pictures.reading import Facts, looks, remarks
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 

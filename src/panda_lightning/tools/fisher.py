@@ -17,11 +17,11 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Bounds, Count, Seed
 from panda_lightning.cli import OneSentenceParser
-from panda_lightning.datamodules.images import Images, View
-from panda_lightning.datamodules.layout import images_below
-from panda_lightning.datamodules.reading import ImageDataset, as_is, decoded
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.reading import ImageDataset, as_is, decoded
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 

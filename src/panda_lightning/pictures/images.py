@@ -1,17 +1,17 @@
 """Images of a data set: where they are, and how they are resized."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
-from panda_lightning.datamodules.pixels import Opened, Source, frame, opened, read_mask
+from panda_lightning.pictures.pixels import Opened, Source, frame, opened, read_mask
 from panda_lightning.runtime.fingerprint import fingerprint
 
 
@@ -77,14 +77,14 @@ def relative(path: Path, root: Path) -> str:
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes (3, size, size) uint8; how its file is read, datamodules/pixels.py says.
+    """How an image becomes (3, size, size) uint8; how its file is read, pictures/pixels.py says.
 
     Attributes:
         size: Side in pixels.
         crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
         resize: See crop.
         interpolation: bilinear or bicubic.
-        before: What a data set does to image and mask first, given the picture and how to resample it.
+        before: What a data set does to image and mask first, by its name in ``BEFORE``.
         intensity: What becomes of values of more than 8 bits: auto, bits:N or window:LO,HI.
         mask_values: The values of masks that are anomalous; None is all but 0.
         max_megapixels: How large an image may be; None is Pillow's limit.
@@ -94,7 +94,7 @@ class View:
     crop: Literal["center", "squash"]
     resize: int
     interpolation: str
-    before: Callable[[Image.Image, Image.Resampling], Image.Image] | None = None
+    before: str | None = None
     intensity: str = "auto"
     mask_values: tuple[int, ...] | None = None
     max_megapixels: float | None = None
@@ -107,9 +107,17 @@ class View:
             "crop": self.crop,
             "resize": self.resize if self.crop == "center" else None,
             "interpolation": self.interpolation,
-            "before": self.before and self.before.__name__,
+            "before": self.before,
             "intensity": self.intensity,
         }
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any], max_megapixels: float | None = None) -> Self:
+        """The view whose ``words`` these are."""
+        size = words["image_size"]
+        resize = words["resize"] or size
+        rest = (words[name] for name in ("interpolation", "before", "intensity"))
+        return cls(size, words["crop"], resize, *rest, max_megapixels=max_megapixels)
 
     def __call__(self, source: Source) -> npt.NDArray[np.uint8]:
         """Read and resize one image: (3, size, size)."""
@@ -144,7 +152,7 @@ class View:
 
     def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
         if self.before is not None:
-            image = self.before(image, how)
+            image = BEFORE[self.before](image, how)
         if self.crop == "squash":
             return image.resize((self.size, self.size), how)
         if max(image.size) > 64 * min(image.size):  # what is cut away anyway would not fit into memory
@@ -154,3 +162,11 @@ class View:
         width, height = (max(self.resize, round(side * scale)) for side in image.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
+
+
+def crop(image: Image.Image, how: Image.Resampling) -> Image.Image:
+    """Resize to 512 x 512 pixels and cut the margins off: 430 x 430, as HyperKvasir does."""
+    return image.resize((512, 512), how).crop((45, 45, 475, 475))
+
+
+BEFORE = {"crop": crop}

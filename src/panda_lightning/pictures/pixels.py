@@ -15,7 +15,7 @@ image by image, which would hide how bright a picture is.
 
 Colour of 16 bits has all of them in PNG alone: Pillow reads 8 of other formats, so that rules for more are refused.
 
-DICOM: see datamodules/dicom.py.
+DICOM: see pictures/dicom.py.
 
 Masks: 0, or black in a picture with colours, is background; any other value is anomalous. Where a mask has transparency
 that varies, this alone counts: transparent pixels are background. Formats that may be lossy (JPEG, WebP, AVIF, JPEG
@@ -207,7 +207,7 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
     if isinstance(source, np.ndarray):
         return Opened("L" if source.ndim == 2 else "RGB", picture=Image.fromarray(source).convert("RGB"))
     if source.suffix.lower() in (".dcm", ".dicom"):
-        from panda_lightning.datamodules import dicom  # pydicom is slow to import
+        from panda_lightning.pictures import dicom  # pydicom is slow to import
 
         values, natural, inverted, curve = dicom.read(source)
         if natural == (0, 255) and values.ndim == 3:

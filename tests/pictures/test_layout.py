@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from panda_lightning.datamodules.layout import folders_in, images_below, listed, masks_of, named, passed_over
+from panda_lightning.pictures.layout import folders_in, images_below, listed, masks_of, named, passed_over
 from tests.conftest import picture
 
 

@@ -17,8 +17,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from panda_lightning.datamodules.images import Images, View, relative
-from panda_lightning.datamodules.pixels import Source, read_mask
+from panda_lightning.pictures.images import Images, View, relative
+from panda_lightning.pictures.pixels import Source, read_mask
 from panda_lightning.types import Batch, PandaError
 
 DARK = 64  # a set whose brightest value lies below uses less than a quarter of its range

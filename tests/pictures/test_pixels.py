@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panda_lightning.datamodules.pixels import Frame, _turned, frame, opened, read_mask, read_rgb
+from panda_lightning.pictures.pixels import Frame, _turned, frame, opened, read_mask, read_rgb
 from tests.conftest import picture
-from tests.datamodules.files import STORED, dicom, png16, reencode, tiff, with_orientation
+from tests.pictures.files import STORED, dicom, png16, reencode, tiff, with_orientation
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from panda_lightning import CatsVsDogs, ImageFolder, PandaError
-from panda_lightning.datamodules.images import Images, View
-from panda_lightning.datamodules.reading import looks, remarks
+from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.reading import looks, remarks
 from tests.conftest import picture
-from tests.datamodules.files import png16, with_orientation
+from tests.pictures.files import png16, with_orientation
 
 SQUASH = View(32, "squash", 0, "bilinear")
 CENTRE = View(28, "center", 32, "bilinear")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from panda_lightning.datamodules.pixels import ENDINGS
+from panda_lightning.pictures.pixels import ENDINGS
 
 
 def find_folder(root: Path, *choices: str) -> Path | None:

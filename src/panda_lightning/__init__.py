@@ -3,7 +3,7 @@
 Importing the package makes the short class names (``PANDA``, ``CIFAR10``, ...) known to the command line.
 """
 
-from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
+from panda_lightning.callbacks import Predictions, SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.datamodules import (
     CIFAR10,
     CIFAR100,
@@ -15,6 +15,7 @@ from panda_lightning.datamodules import (
     HyperKvasir,
     ImageFolder,
     MVTecAD,
+    UnlabelledImages,
 )
 from panda_lightning.detectors import (
     DN2,
@@ -32,6 +33,7 @@ from panda_lightning.formulas.metrics import auroc
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.networks.pretraining import LabelledFolder, Pretraining
 from panda_lightning.runtime.loggers import AutoWandbLogger
+from panda_lightning.runtime.results import Results
 from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError
 
@@ -62,8 +64,11 @@ __all__ = [
     "MultiHeadRotNet",
     "PandaError",
     "PatchCore",
+    "Predictions",
     "Pretraining",
+    "Results",
     "SampleWiseEarlyStopping",
     "SaveOnSignal",
+    "UnlabelledImages",
     "auroc",
 ]

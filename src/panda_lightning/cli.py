@@ -20,7 +20,8 @@ from pytorch_lightning.loggers import Logger
 from typing_extensions import override
 
 from panda_lightning.arguments import Seed, require
-from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.callbacks import Predictions
+from panda_lightning.datamodules import AnomalyDataModule, UnlabelledImages
 from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
 from panda_lightning.runtime.agreement import differences, made_with, newest_alike, same
@@ -35,8 +36,9 @@ EXAMPLE = r"""
 
 `lightning fit --model.help PANDA` lists the arguments of a class.
 """
+OPTIONS = tuple(signature(Predictions).parameters)  # of predict alone
 # What a configuration file of `lightning` may hold, whatever the verb that wrote it.
-KEYS = {"seed_everything", "trainer", "model", "data"}.union(
+KEYS = {"seed_everything", "trainer", "model", "data", *OPTIONS}.union(
     *(set(signature(getattr(pl.Trainer, verb)).parameters) - skip for verb, skip in LightningCLI.subcommands().items())
 )
 
@@ -127,9 +129,18 @@ class PandaCLI(LightningCLI):
         return super().init_parser(prog="lightning", formatter_class=Paragraphs, **kwargs | more)
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let ``predict`` take the options of its table."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_class_arguments(Predictions)
+        return parser
+
+    @override
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
-        words = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
+        given = [str(word) for word in args] if isinstance(args, list) else sys.argv[1:]
+        words = completed(given)
+        super().parse_arguments(parser, args if words == given else words)
         asked = parser.parse_args(words, defaults=False)
         self.asked = asked[self.config.subcommand]  # in files and by flags, without defaults
         self._require_that_flags_count(parser, words)
@@ -141,11 +152,9 @@ class PandaCLI(LightningCLI):
             self.config[self.config.subcommand].ckpt_path = path
             if path is None:
                 return
-        if path is None or path in ("best", "hpc") or "://" in path:
+        if path is None or not _is_checkpoint(path):
             return
-        if not Path(path).is_file():
-            raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
-        require_whole(path)
+        _require_checkpoint(path)
         if not self._detects:
             return
         found = differences(self.asked, made_with(path)[1], {"model": Detector.COMPUTING})
@@ -174,10 +183,14 @@ class PandaCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             said = " ".join(str(_refusal(error) or error).split())
             raise PandaError(f"the trainer's arguments are not possible here: {said}") from error
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        if self.config.subcommand == "predict" and not any(isinstance(c, Predictions) for c in callbacks):
+            callbacks.append(Predictions(**{name: self.config.predict[name] for name in OPTIONS}))
+        return trainer
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where runs of this configuration keep their checkpoints: as ModelCheckpoint says, or in the log's folders."""
@@ -215,6 +228,39 @@ class PandaCLI(LightningCLI):
     def _ckpt_path(self) -> str | None:
         path = self.config[self.config.subcommand].get("ckpt_path")
         return None if path is None else str(path)
+
+
+def completed(words: list[str]) -> list[str]:
+    """The words of a command line with the class of the model, where the checkpoint alone says it, and of loose images.
+
+    Raises:
+        PandaError: If the checkpoint cannot be read.
+    """
+
+    def places(flag: str) -> list[int]:
+        return [i for i, word in enumerate(words) if re.match(rf"--{flag}(=|$)", word)]
+
+    images, path = places(r"data\.images"), places("ckpt_path")
+    if words[:1] == ["predict"] and images and not places("data"):
+        words = [*words[: images[0]], f"--data={UnlabelledImages.__name__}", *words[images[0] :]]
+    if path and not places("model") and not _files_and_flags(words)[0]:
+        name = words[path[-1]].partition("=")[2] or "".join(words[path[-1] + 1 : path[-1] + 2])
+        if _is_checkpoint(name):
+            file = at_home(Path(name))
+            _require_checkpoint(file)
+            words = [words[0], f"--model={made_with(file)[1]['model']['_class_path']}", *words[1:]]
+    return words
+
+
+def _is_checkpoint(path: str | None) -> bool:
+    """Whether ckpt_path names a file of this machine."""
+    return path not in (None, "", "last", "best", "hpc") and "://" not in str(path)
+
+
+def _require_checkpoint(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise PandaError(f"ckpt_path={path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
+    require_whole(path)
 
 
 def _files_and_flags(words: list[str]) -> tuple[list[str], list[str]]:
@@ -324,6 +370,7 @@ def silence() -> None:
         ".*in eval mode at the start of training.*",  # BatchNorm keeps its pretrained statistics
         ".*does not have many workers.*",  # decoded images lie in memory
         ".*smaller than the logging interval.*",  # everything is logged by epoch
+        ".*args parameter is intended to run from within Python.*",  # words of the terminal, completed
         ".*sync_dist=True.*",  # what we log is the same on every process already
         ".*LeafSpec.*",  # inside Lightning
     ):

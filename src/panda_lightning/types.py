@@ -13,7 +13,7 @@ class Batch(TypedDict):
     (B, C, h, w) or (B, N, C) floating point; label (B,) int64, 1 = anomalous; index (B,) int64, the image's place in
     its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; from data sets with
     masks alone, mask (B, H, W) bool, True = anomalous pixel, and has_mask (B,) bool, False for an anomalous image
-    whose mask is missing.
+    whose mask is missing; of loose pictures, unreadable: for each the reason why it could not be read, or "".
     """
 
     image: Tensor
@@ -21,6 +21,7 @@ class Batch(TypedDict):
     index: Tensor
     mask: NotRequired[Tensor]
     has_mask: NotRequired[Tensor]
+    unreadable: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)

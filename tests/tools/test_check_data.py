@@ -16,9 +16,9 @@ from panda_lightning import ImageFolder, PandaError
 from panda_lightning.pictures.images import Images
 from panda_lightning.tools import check_data, main
 from tests.conftest import make_folder, picture
-from tests.pictures.files import dicom, with_orientation
 from tests.datamodules.official import make_cifar10, make_mvtec, write_cifar10
 from tests.datamodules.official_medical_aerial import make_labeled, make_segmented
+from tests.pictures.files import dicom, with_orientation
 
 ROOT = Path(__file__).parents[2]
 

@@ -40,7 +40,7 @@ class Health(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if hasattr(type(pl_module.data), "normal_images"):  # not a user's own data module
+        if hasattr(type(pl_module.data), "test_images"):  # neither a user's own data module nor loose images
             require_batches(trainer, pl_module)
 
     @override

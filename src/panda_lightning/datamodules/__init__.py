@@ -9,6 +9,7 @@ from panda_lightning.datamodules.fashion_mnist import FashionMNIST
 from panda_lightning.datamodules.folder import ImageFolder
 from panda_lightning.datamodules.hyper_kvasir import HyperKvasir
 from panda_lightning.datamodules.mvtec import MVTecAD
+from panda_lightning.datamodules.unlabelled import UnlabelledImages
 
 __all__ = [
     "CIFAR10",
@@ -21,4 +22,5 @@ __all__ = [
     "HyperKvasir",
     "ImageFolder",
     "MVTecAD",
+    "UnlabelledImages",
 ]

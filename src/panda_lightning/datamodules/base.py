@@ -1,5 +1,6 @@
 """What every data set shares: the one-class protocol, the view of its images, and their loaders."""
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Number, Positive, Seed
+from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
@@ -60,6 +60,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         eval_batch_size: Images of a step of extraction and scoring, on each process.
         train_limit: Keep only so many normal training images, evenly spaced; None keeps all.
         test_limit: The same for test images.
+        calibration_fraction: Share of the normal training images that is held back from training and from the bank;
+            what they score turns scores into p-values (README, decisions). Which they are depends on seed and names.
         memory_gb: Decoded images are kept in memory if all fit in so many GiB on each process, else read at every
             access.
         num_workers: Worker processes for images that stay on disk; None is the number of processors, at most 8.
@@ -93,6 +95,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         eval_batch_size: Count = 128,
         train_limit: Count | None = None,
         test_limit: Count | None = None,
+        calibration_fraction: Fraction = 0.0,
         memory_gb: Amount = 4.0,
         num_workers: Number | None = None,
         on_error: Literal["raise", "skip"] = "raise",
@@ -115,6 +118,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.train_limit = train_limit
         self.test_limit = test_limit
+        self.calibration_fraction = calibration_fraction
         self.memory_gb = memory_gb
         self.num_workers = num_workers
         self.on_error = on_error
@@ -226,6 +230,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
             "on_error": self.on_error,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "calibration images": self.calibration_fraction,
             "outliers": self.outliers and training and self._outlier_source().fingerprint(Path(self.outliers)),
         }
 
@@ -264,8 +269,32 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     @property
     def normal_images(self) -> Images:
-        """The normal training images."""
-        return self.protocol_images("train")
+        """The normal training images, without those that are held back."""
+        return self._parted()[0]
+
+    @property
+    def calibration_images(self) -> Images:
+        """The normal training images that are held back, see ``calibration_fraction``."""
+        return self._parted()[1]
+
+    def _parted(self) -> tuple[Images, Images]:
+        images, share = self.protocol_images("train"), self.calibration_fraction
+        if not share:
+            return images, images.take(np.array([], dtype=np.int64))
+        settings = (share, self.seed, images.fingerprint(self.root))
+
+        def part() -> tuple[Images, Images]:
+            count, names = round(share * len(images)), self.names(images)
+            if not 2 <= count <= len(images) - 2:
+                raise PandaError(
+                    f"calibration_fraction={share:g} holds {count} of {len(images)} normal training images back: "
+                    "choose a share that leaves 2 or more on either side."
+                )
+            hashes = [hashlib.sha256(f"{self.seed}/calibration/{name}".encode()).digest() for name in names]
+            held = np.array(sorted(sorted(range(len(images)), key=hashes.__getitem__)[:count]))
+            return images.take(np.setdiff1d(np.arange(len(images)), held)), images.take(held)
+
+        return self._once(self._listed, "parted", settings, part)
 
     @property
     def test_images(self) -> Images:
@@ -432,6 +461,11 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     def normal_dataloader(self) -> DataLoader[Batch]:
         """The normal training images in order, each once over all processes: for the bank."""
         return self._loader(self._normal_dataset())
+
+    def calibration_dataloader(self) -> DataLoader[Batch]:
+        """The normal images that are held back, in order, each once over all processes."""
+        images = self.calibration_images
+        return self._loader(self._dataset("calibration", images, np.zeros(len(images), dtype=np.bool_)))
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:

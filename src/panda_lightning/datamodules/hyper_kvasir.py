@@ -2,12 +2,10 @@
 
 import csv
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from typing_extensions import override
 
 from panda_lightning.arguments import Count, Number, Seed

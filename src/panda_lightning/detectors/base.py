@@ -16,14 +16,16 @@ from typing_extensions import override
 from panda_lightning.arguments import Checked, Count, require
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
+from panda_lightning.detectors import scoring
 from panda_lightning.formulas import metrics
 from panda_lightning.runtime.agreement import require_same
 from panda_lightning.runtime.checkpoints import FORMAT, WholeCheckpointIO, require_format
 from panda_lightning.runtime.derived import Derived, mapped
-from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.features import extract, gather
 from panda_lightning.runtime.fingerprint import checksum
 from panda_lightning.runtime.loggers import AutoWandbLogger, claim_folder
 from panda_lightning.runtime.options import require_options
+from panda_lightning.runtime.results import Calibration, Results
 from panda_lightning.types import Batch, PandaError, Scores
 
 
@@ -48,6 +50,8 @@ class Detector(Checked, pl.LightningModule, ABC):
         run_id: A name of the run that derived it, also after a resume.
         bank: What scores are looked up in; None where the method has none, and before it is made.
         bank_weights: Checksum of the weights it was made with.
+        bank_names: What the normal images behind it are called.
+        held_out: Scores of the normal images that were held back (``calibration_fraction``), and what they are of.
         steps_trained: Optimiser steps behind the weights in use.
         terms: Names of the loss terms of the last training step.
     """
@@ -60,12 +64,17 @@ class Detector(Checked, pl.LightningModule, ABC):
     run_id = Derived[str]("")
     bank = Derived[Any](None)
     bank_weights = Derived[str]("")
+    bank_names = Derived[list[str]]([])
+    held_out = Derived[tuple[Tensor, list[Any]] | None](None)
     steps_trained = Derived[int](0)
     _steps_per_epoch = Derived[int](1)
     _steps_scored = Derived[int](0)  # steps_trained at the last validation
     _scored = Derived[tuple[Tensor, ...] | None](None)
 
+    LISTED = 5  # nearest normal images that are named, or more where the score is made of more
+
     terms: tuple[str, ...] = ()
+    maps = False  # whether prediction draws how a pooled distance is made up, where that can be told
     interpolation: str | None = None  # how the network wants images resized; None is no matter
 
     def __init__(self) -> None:
@@ -79,10 +88,32 @@ class Detector(Checked, pl.LightningModule, ABC):
         self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
+        self._ready: tuple[list[Any], Calibration | None] | None = None
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:
         """Score images: (B,), higher is more anomalous."""
+
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
+        """The same as ``score``, with what it is made of, where the method can tell.
+
+        Returns:
+            score (B,); map (B, H, W), as large as the images; neighbour (B, n), rows of the normal images that are
+            nearest, the nearest first, -1 where there are fewer, and distance (B, n) to them.
+        """
+        return {"score": self.anomaly_score(batch)}
+
+    def all_scored(self) -> None:
+        """Every process calls it when it has no more images to score."""
+
+    def score(self, images: Any, **options: Any) -> Results:
+        """Score pictures without a Trainer: files, folders, patterns, or pictures in memory; see detectors/scoring.py.
+
+        Args:
+            images: See pictures.loose.pointed_at.
+            options: See detectors.scoring.score.
+        """
+        return scoring.score(self, images, **options)
 
     @property
     def method(self) -> str:
@@ -143,11 +174,8 @@ class Detector(Checked, pl.LightningModule, ABC):
             PandaError: If its state does not suit them, or there is none and scores would be those of fresh weights.
         """
         fitting, keeps = self.trainer.state.fn == "fit", self._keeps
-        if self.learns and not keeps and not fitting:
-            raise PandaError(
-                f"{self.method} is untrained, so it has no scores of its own: train it with fit, or give ckpt_path. "
-                "DN2 scores by a pretrained network as it is."
-            )
+        if self.learns and not fitting:
+            self.require_learned()
         if fitting and not self._restored and self.trainer.global_step:
             raise PandaError(
                 f"this Trainer has made {self.trainer.global_step} steps already: make a new one, with ckpt_path where "
@@ -163,6 +191,7 @@ class Detector(Checked, pl.LightningModule, ABC):
             return
         if self.origin != now:
             self.derived.clear()
+            self._ready = None
             self.origin, self.run_id = now, self.trainer.strategy.broadcast(uuid4().hex[:8])
         if fitting and self._moved:
             rank_zero_info(f"{self.method} starts anew from fresh weights; ckpt_path goes on with trained ones.")
@@ -170,6 +199,46 @@ class Detector(Checked, pl.LightningModule, ABC):
         elif fitting:
             changing = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
             self._fresh = {name: t.detach().clone() for name, t in (*changing, *self.named_buffers())}
+
+    def require_learned(self) -> None:
+        """Refuse to score before anything was learned.
+
+        Raises:
+            PandaError: Saying what to do.
+        """
+        if self.learns and not self._keeps:
+            raise PandaError(
+                f"{self.method} is untrained, so it has no scores of its own: train it with fit, or give ckpt_path. "
+                "DN2 scores by a pretrained network as it is."
+            )
+        if self.origin is None:
+            raise PandaError(
+                f"{self.method} knows no normal images yet: test it once with a data set, or load a checkpoint with "
+                f"{type(self).__name__}.load_from_checkpoint."
+            )
+
+    def ready(self) -> Calibration | None:
+        """Make the bank searchable without a run; once, unless weights, bank, arguments or device change.
+
+        Returns:
+            The calibration, None where there is none.
+
+        Raises:
+            PandaError: If there is no bank for these weights.
+        """
+        tensors = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
+        state = [tensors, id(self.bank), id(self.held_out), self._arguments(), str(self.device)]
+        if self._ready is None or self._ready[0] != state:
+            if type(self).make_bank is not Detector.make_bank:
+                if not self.bank_is_fresh:
+                    raise PandaError(
+                        f"{self.method} has no bank of normal images for its weights: test it with the data set, or "
+                        "load a checkpoint of an epoch's end."
+                    )
+                self.fit_index()
+            state[1] = id(self.bank)  # which is on this device now
+            self._ready = (state, self.calibration)
+        return self._ready[1]
 
     def start_anew(self) -> None:
         """Give the networks the weights that they had before training."""
@@ -274,6 +343,49 @@ class Detector(Checked, pl.LightningModule, ABC):
                 f"that it learned from {here} here: give those, or a checkpoint of an epoch's end."
             )
         self.bank, self.bank_weights = self.make_bank(), self._weights()
+        shown: Any = getattr(self.data.normal_dataloader(), "dataset", None)  # a user's own may have no names
+        self.bank_names = self.data.names(shown.images) if hasattr(shown, "images") else []
+
+    # ---- a calibration ---------------------------------------------------------------------------------------------
+
+    @property
+    def scored_by(self) -> list[Any]:
+        """What scores depend on besides the image."""
+        return [self._weights(), {name: getattr(self, name) for name in self.SCORING}]
+
+    def _hold_out(self) -> None:
+        """Score the images that were held back, with the weights and the bank of this moment."""
+        if not getattr(self.data, "calibration_fraction", 0) or self.trainer.sanity_checking:
+            return
+        if self._keeps and self.trainer.state.fn != "fit":
+            return  # these are not the images that were held back from it
+        loader = self.data.calibration_dataloader()
+        scores = extract(
+            self.trainer, self.anomaly_score, loader, "Calibration", dtype=torch.float64, finish=self.all_scored
+        )
+        self.held_out = (scores.cpu(), self.scored_by)
+
+    def leave_one_out(self) -> Tensor | None:
+        """Scores of the bank's own images (N,), each without itself; None where they cannot be told."""
+        return None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What p-values rest on: scores of images held back, or for a method that trains nothing, leave-one-out's.
+
+        Of a network that was adapted to them, the scores of the bank's images are too low (experiments/RESULTS.md).
+        """
+        if self.held_out is not None:
+            scores, made_from = self.held_out
+            if made_from == self.scored_by:
+                return Calibration(scores.double().numpy(), "held out")
+            rank_zero_warn(
+                f"There are no p-values: {', '.join(self.SCORING)} or weights are others than when the calibration "
+                "images were scored."
+            )
+            return None
+        others = None if self.learns else self.leave_one_out()
+        return None if others is None else Calibration(others.double().cpu().numpy(), "leave one out")
 
     # ---- a run -----------------------------------------------------------------------------------------------------
 
@@ -305,7 +417,8 @@ class Detector(Checked, pl.LightningModule, ABC):
                     run |= {"batch_size": size, "batch_size_per_process": size // self.trainer.world_size}
                 logger.describe(type(self.data).__name__, self.method, run)
         banks = [RebuildIndex()] if type(self).make_bank is not Detector.make_bank else []
-        return [*banks, Health(), Media(), Report(), Predictions()]
+        own = [c for c in self.trainer.callbacks if isinstance(c, Predictions)]  # type: ignore[attr-defined]
+        return [*banks, Health(), Media(), Report(), *([] if own else [Predictions()])]
 
     @override
     def setup(self, stage: str) -> None:
@@ -324,7 +437,7 @@ class Detector(Checked, pl.LightningModule, ABC):
                 )
             self._wide = {} if stage == "fit" else {name: t.clone() for name, t in self._own_tensors().items()}
         data = self.data
-        if not hasattr(data, "normal_dataloader"):
+        if stage != "predict" and not hasattr(data, "normal_dataloader"):
             raise PandaError(
                 f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images "
                 f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
@@ -353,11 +466,15 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return {"index": batch["index"], "score": self.anomaly_score(batch)}
+        return {"index": batch["index"], **self.explained(batch)}
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self.all_scored()
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        found = self.predict_step(batch, batch_idx)
+        found = {"index": batch["index"], "score": self.anomaly_score(batch)}
         self._parts.append((found["index"], found["score"], batch["label"]))
         return found
 
@@ -372,14 +489,17 @@ class Detector(Checked, pl.LightningModule, ABC):
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_auroc("val")
+        self._hold_out()
 
     @override
     def on_test_epoch_end(self) -> None:
         self._log_auroc("test")
+        self._hold_out()
 
     def merged_scores(self) -> Scores:
         """The scores of all processes, once all batches have been scored; every process must call it."""
         if self._merged is None:
+            self.all_scored()
             self._merged = Scores(*(column.cpu() for column in gather(self._parts)))
         return self._merged
 

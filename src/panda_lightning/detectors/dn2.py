@@ -10,11 +10,12 @@ from typing_extensions import override
 from panda_lightning.arguments import Count
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.pyramid import positions, resized
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.search.sharded import ShardedIndex
-from panda_lightning.types import Batch, PandaError, Scores
+from panda_lightning.types import Batch, PandaError
 
 
 class DN2(PretrainedDetector):
@@ -82,8 +83,40 @@ class DN2(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        distances, _ = self.index.search(self.scoring_space(self.embed(batch)), self.k)
-        return distances.sum(dim=1)
+        return self._neighbours(self.embed(batch), self.k)[0][:, : self.k].sum(dim=1)
+
+    @override
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
+        features = self.embed(batch)
+        count = self.k if self.reduced else min(max(self.k + 1, self.LISTED), len(self.index))
+        distances, rows = self._neighbours(features, count)
+        found = {"score": distances[:, : self.k].sum(dim=1)}
+        if not self.reduced:  # a centroid is no image
+            found |= {"neighbour": rows, "distance": distances}
+        if self.maps:
+            found["map"] = self._shares(batch, features, rows[:, : self.k])
+        return found
+
+    def _neighbours(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self.index.search(self.scoring_space(features), count)
+
+    def _shares(self, batch: Batch, features: Tensor, rows: Tensor) -> Tensor:
+        r"""How the positions p of the last feature map g make up the score: (B, H, W), whose mean is the score.
+
+        .. math:: \sum_i \lVert f - f_i \rVert^2 = \frac1P \sum_p \sum_i (f - f_i) \cdot (g_p - f_i),
+                  \quad f = \frac1P \sum_p g_p
+
+        With ``normalize``, g and f are divided by the length of f.
+        """
+        parts = positions(self.backbone, batch["image"])  # (B, D, h, w)
+        length = features.norm(dim=1) if self.normalize else torch.ones_like(features[:, 0])
+        if self.shard_bank:
+            raise PandaError("maps need the whole bank on each process: leave shard_bank out.")
+        near = self.entries()[rows]  # (B, k, D)
+        gaps = self.scoring_space(features).unsqueeze(1) - near
+        shares = torch.einsum("bd,bdhw->bhw", gaps.sum(dim=1), parts / length.view(-1, 1, 1, 1))
+        shares = shares - (gaps * near).sum(dim=(1, 2)).view(-1, 1, 1)
+        return resized(shares, batch["image"].shape[-1])
 
     @override
     def accept(self, data: Any) -> None:
@@ -127,16 +160,28 @@ class DN2(PretrainedDetector):
 
     def normal_score(self) -> float:
         """Mean score of the normal training images, none counted as its own neighbour."""
-        features = self.scoring_space(self.bank.to(self.device))
         if self.reduced:  # a centroid is no image
+            features = self.scoring_space(self.bank.to(self.device))
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
+        return float(self.index.mean(self._without_itself()))
+
+    @override
+    def leave_one_out(self) -> Tensor | None:
+        small = self.bank is None or self.k >= len(self.index)
+        if small or self.reduced or self.shard_bank:
+            return None
+        return self._without_itself(step=-(-len(self.index) // 2000))  # as many are enough
+
+    def _without_itself(self, step: int = 1) -> Tensor:
+        """Scores (N,) of every ``step``-th of the bank's images that are here, none counted as its own neighbour."""
+        features = self.scoring_space(self.bank.to(self.device)[::step])
         if self.k >= len(self.index):
             raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
         distances, rows = self.index.search(features, self.k + 1)
-        itself = rows == self.index.rows(len(features)).to(rows).unsqueeze(1)
+        itself = rows == self.index.rows(len(self.bank))[::step].to(rows).unsqueeze(1)
         distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
         self.index.serve()
-        return float(self.index.mean(distances[:, : self.k].sum(dim=1)))
+        return distances[:, : self.k].sum(dim=1)
 
     @override
     def whole(self) -> dict[str, Any]:
@@ -144,11 +189,5 @@ class DN2(PretrainedDetector):
         return super().whole() | ({"bank": self.index.whole(self.bank), "bank_is_whole": True} if parts else {})
 
     @override
-    def merged_scores(self) -> Scores:
-        if self._merged is None:
-            self.index.serve()
-        return super().merged_scores()
-
-    @override
-    def on_predict_epoch_end(self) -> None:
+    def all_scored(self) -> None:
         self.index.serve()

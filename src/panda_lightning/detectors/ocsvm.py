@@ -50,7 +50,8 @@ class OCSVM(PretrainedDetector):
         optimize: See DN2.
 
     Attributes:
-        bank: The machine: z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma; all float64.
+        bank: The machine: z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma, all float64;
+            and of which normal image each support vector is, (S,).
     """
 
     bank = Derived[dict[str, Tensor] | None](None)
@@ -97,11 +98,19 @@ class OCSVM(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
+        return self.explained(batch)["score"]
+
+    @override
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
         if self.bank is None:
             raise PandaError(f"{self.method} has no bank of normal images yet: a test makes it.")
         m = self.bank
-        z = _projected(self.embed(batch).double(), m)
-        return -torch.exp(-m["gamma"] * torch.cdist(z, m["support"]).square()) @ m["alpha"]
+        distances = torch.cdist(_projected(self.embed(batch).double(), m), m["support"])
+        found = {"score": -torch.exp(-m["gamma"] * distances.square()) @ m["alpha"]}
+        if "image" in m:
+            distance, row = distances.topk(min(self.LISTED, distances.shape[1]), largest=False)
+            found |= {"neighbour": m["image"][row], "distance": distance}
+        return found
 
     # ---- fitting -------------------------------------------------------------------------------------------------
 
@@ -128,6 +137,7 @@ class OCSVM(PretrainedDetector):
             **space,
             "support": torch.from_numpy(svm.support_vectors_),
             "alpha": torch.from_numpy(svm.dual_coef_[0]),
+            "image": torch.from_numpy(svm.support_.astype(np.int64)),
             "gamma": torch.tensor(gamma),
         }
 

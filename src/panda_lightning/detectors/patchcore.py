@@ -1,13 +1,16 @@
 """PatchCore: anomalous pixels by distance to a coreset of normal patches."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Seed, Share
-from panda_lightning.detectors.segmentation import Level, SegmentationDetector, resized
+from panda_lightning.detectors.segmentation import Level, SegmentationDetector
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.pyramid import resized
+from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.coreset import greedy_coreset
 from panda_lightning.search.knn import Backend
@@ -38,9 +41,13 @@ class PatchCore(SegmentationDetector):
         optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
+
+    Attributes:
+        bank_images: (M,) rows of the normal images that the bank's patches are of.
     """
 
     SCORING = ("neighbours", "sigma")
+    bank_images = Derived[Tensor | None](None)
 
     def __init__(
         self,
@@ -73,7 +80,9 @@ class PatchCore(SegmentationDetector):
 
     @override
     def make_bank(self) -> Tensor:
-        patches = self.normal_rows().flatten(0, 1)
+        of_each = self.normal_rows()
+        images = torch.arange(len(of_each)).repeat_interleave(of_each.shape[1])
+        patches = of_each.flatten(0, 1)
         size = max(1, round(self.coreset * len(patches)))
         if size < len(patches):
             chosen: list[Tensor] = []
@@ -81,7 +90,9 @@ class PatchCore(SegmentationDetector):
                 picks = greedy_coreset(patches, size, self.seed)
                 picks = on_device(self.trainer, picks, f"Coreset of {size} patches", min(size, 100))
                 chosen = [rows.cpu() for rows in picks]  # a tensor in an object would come out on process 0's GPU
-            patches = patches[torch.cat(self.trainer.strategy.broadcast(chosen)).to(patches.device)]
+            rows = torch.cat(self.trainer.strategy.broadcast(chosen))
+            patches, images = patches[rows.to(patches.device)], images[rows]
+        self.bank_images = images
         return patches
 
     @override
@@ -91,7 +102,7 @@ class PatchCore(SegmentationDetector):
         return len(self.index.fit(self.bank))
 
     @override
-    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score_and_map(self, batch: Batch) -> dict[str, Tensor]:
         patches = self.embed(batch)
         squared, nearest = self.index.search(patches.flatten(0, 1), 1)
         assert self.bank is not None
@@ -102,4 +113,30 @@ class PatchCore(SegmentationDetector):
         _, around = self.index.search(entry, min(self.neighbours, len(self.bank)))
         gaps = torch.linalg.vector_norm(self.bank[around].float() - patch.unsqueeze(1), dim=2)
         weight = 1 - torch.exp(farthest - gaps.logsumexp(dim=1)) if gaps.shape[1] > 1 else 1.0
-        return weight * farthest, resized(distances.view(-1, *self._grid), batch["image"].shape[-1])
+        found = {"score": weight * farthest, "map": resized(distances.view(-1, *self._grid), batch["image"].shape[-1])}
+        return {**found, "patch": patch}
+
+    @override
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
+        found = super().explained(batch)
+        patch = found.pop("patch")
+        return found if self.bank_images is None else {**found, **self._nearest_images(patch)}
+
+    def _nearest_images(self, patch: Tensor) -> dict[str, Tensor]:
+        """The normal images with the patches nearest to these (B, C), and the distances to them."""
+        assert self.bank is not None
+        assert self.bank_images is not None
+        images, count = self.bank_images.numpy(), len(self.bank)
+        listed = min(self.LISTED, len(np.unique(images)))
+        found, wanted = [], min(16 * listed, count)
+        for one in torch.split(patch, 1):
+            while True:  # until the nearest patches are of enough images
+                squared, rows = self.index.search(one, wanted)
+                near = images[rows[0].cpu().numpy()]
+                first = np.sort(np.unique(near, return_index=True)[1])[:listed]  # the nearest patch of each image
+                if len(first) == listed:
+                    break
+                wanted = min(4 * wanted, count)
+            found.append((torch.from_numpy(near[first]), squared[0].sqrt()[first]))
+        neighbour, distance = (torch.stack(column) for column in zip(*found, strict=True))
+        return {"neighbour": neighbour.to(patch.device), "distance": distance}

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 from typing_extensions import override
 
@@ -77,21 +76,22 @@ class SegmentationDetector(PretrainedDetector):
         self.pixel_metrics: PixelMetrics | None = None
 
     @abstractmethod
-    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores (B,) of images, and maps (B, H, W) as large as they are; higher is more anomalous."""
+    def score_and_map(self, batch: Batch) -> dict[str, Tensor]:
+        """See Detector.explained; map is not smoothed yet."""
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        return self.score_and_map(batch)[0]
+        return self.score_and_map(batch)["score"]
 
     @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        score, maps = self.score_and_map(batch)
-        return {"index": batch["index"], "score": score, "map": self._smoothed(maps)}
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.score_and_map(batch)
+        return {**found, "map": self._smoothed(found["map"])}
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        found = super().validation_step(batch, batch_idx)
+        found = self.predict_step(batch, batch_idx)
+        self._parts.append((found["index"], found["score"], batch["label"]))
         if len(shown := found["map"][batch["index"] >= 0]):
             low, high = (float(value) for value in shown.aminmax())
             least, largest = self.value_range or (low, high)
@@ -183,8 +183,3 @@ def _stitched(maps: Tensor, n: int) -> Tensor:
     _, channels, height, width = maps.shape
     rows = maps.view(-1, n, n, channels, height, width).permute(0, 3, 1, 4, 2, 5)
     return rows.reshape(-1, channels, n * height, n * width)
-
-
-def resized(maps: Tensor, size: int) -> Tensor:
-    """Maps (B, h, w) at the side of the images, (B, size, size), bilinearly."""
-    return F.interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -8,8 +8,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count
-from panda_lightning.detectors.segmentation import Level, SegmentationDetector, resized
+from panda_lightning.detectors.segmentation import Level, SegmentationDetector
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.pyramid import resized
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.types import Batch
 
@@ -79,14 +80,15 @@ class SPADE(SegmentationDetector):
         return len(self.index.fit(self.bank[:, : self.backbone.num_features]))
 
     @override
-    def score_and_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score_and_map(self, batch: Batch) -> dict[str, Tensor]:
         rows = self.embed(batch)
         assert self.bank is not None
-        k = min(self.k, len(self.bank))
-        distances, nearest = self.index.search(rows[:, : self.backbone.num_features], k)
-        size = batch["image"].shape[-1]
-        maps = [self._map(row, self.bank[i], size) for row, i in zip(rows, nearest, strict=True)]
-        return distances.sqrt().mean(dim=1), torch.stack(maps)
+        k, listed = (min(count, len(self.bank)) for count in (self.k, max(self.k + 1, self.LISTED)))
+        squared, nearest = self.index.search(rows[:, : self.backbone.num_features], listed)
+        distances, size = squared.sqrt(), batch["image"].shape[-1]
+        maps = [self._map(row, self.bank[i[:k]], size) for row, i in zip(rows, nearest, strict=True)]
+        score = distances[:, :k].mean(dim=1)
+        return {"score": score, "map": torch.stack(maps), "neighbour": nearest, "distance": distances}
 
     def _map(self, row: Tensor, gallery: Tensor, size: int) -> Tensor:
         """Mean over levels of each patch's distance to the nearest of the gallery's (k rows of the bank)."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from panda_lightning.networks.backbones import Backbone, as_timm
 from panda_lightning.types import PandaError
@@ -38,6 +39,30 @@ def _pyramid(backbone: Backbone, images: Tensor, wanted: list[str], pooled: bool
             break
     maps = [found[name] for name in wanted]
     return [*maps, as_timm(backbone.model).forward_head(x, pre_logits=True)] if pooled else maps
+
+
+@torch.no_grad()
+def positions(backbone: Backbone, images: Tensor) -> Tensor:
+    """The last feature map (B, D, h, w) of images (B, 3, H, W) uint8, whose mean over positions the features are.
+
+    Raises:
+        PandaError: If the network pools otherwise.
+    """
+    *_, (_, last) = backbone.walk(images)
+    found = _as_map(backbone, last, images.shape[2:]).float()
+    pooled = as_timm(backbone.model).forward_head(last, pre_logits=True).float()
+    mean = found.mean(dim=(2, 3))
+    if mean.shape != pooled.shape or not torch.allclose(mean, pooled, rtol=0.02, atol=0.02 * float(pooled.abs().max())):
+        raise PandaError(
+            f"maps of pooled distances need features that are the mean of a feature map, which those of "
+            f"{backbone.architecture} are not: leave maps out, or take a ResNet, EfficientNet, MobileNetV2 or RegNet."
+        )
+    return found
+
+
+def resized(maps: Tensor, size: int) -> Tensor:
+    """Maps (B, h, w) at the side of the images, (B, size, size), bilinearly."""
+    return F.interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def level_pieces(backbone: Backbone, levels: Sequence[int]) -> list[str]:

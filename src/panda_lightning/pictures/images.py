@@ -114,10 +114,9 @@ class View:
     @classmethod
     def of(cls, words: Mapping[str, Any], max_megapixels: float | None = None) -> Self:
         """The view whose ``words`` these are."""
-        size = words["image_size"]
-        resize = words["resize"] or size
-        rest = (words[name] for name in ("interpolation", "before", "intensity"))
-        return cls(size, words["crop"], resize, *rest, max_megapixels=max_megapixels)
+        size, resize = words["image_size"], words["resize"] or words["image_size"]
+        interpolation, before, intensity = (words[name] for name in ("interpolation", "before", "intensity"))
+        return cls(size, words["crop"], resize, interpolation, before, intensity, None, max_megapixels)
 
     def __call__(self, source: Source) -> npt.NDArray[np.uint8]:
         """Read and resize one image: (3, size, size)."""

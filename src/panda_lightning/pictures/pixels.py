@@ -52,7 +52,7 @@ TURNS = {
 }  # by EXIF's number
 ORIENTATION = 0x0112
 
-Source = Path | npt.NDArray[np.uint8]
+Source = Path | npt.NDArray[np.uint8] | Image.Image
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
     """Read a file or an array, see this module's beginning.
 
     Args:
-        source: A file, or an array (H, W) or (H, W, 3).
+        source: A file, an array (H, W) or (H, W, 3), or an image of Pillow.
         max_megapixels: How large an image may be; None is Pillow's limit.
 
     Raises:
@@ -206,7 +206,7 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
     """
     if isinstance(source, np.ndarray):
         return Opened("L" if source.ndim == 2 else "RGB", picture=Image.fromarray(source).convert("RGB"))
-    if source.suffix.lower() in (".dcm", ".dicom"):
+    if isinstance(source, Path) and source.suffix.lower() in (".dcm", ".dicom"):
         from panda_lightning.pictures import dicom  # pydicom is slow to import
 
         values, natural, inverted, curve = dicom.read(source)
@@ -219,7 +219,7 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
         tags = getattr(image, "tag_v2", {})  # of TIFF: bits, how white is written, and how signs are
         bits, white_is_0, signed = tags.get(258, (16,))[0], tags.get(262) == 0, tags.get(339, (1,))[0] == 2
         coarse = raw.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16")) or (mode == "RGB" and most > 255)
-        if coarse and image.format == "PNG":
+        if coarse and image.format == "PNG" and isinstance(source, Path):
             return Opened(mode, orientation, values=_turned(_colour16(source), orientation), natural=(0, 65535))
         image = _upright(image)
         older = mode == "I" and (raw == "I;16B" or image.format == "PPM")  # what older Pillows say of 16 bits
@@ -238,7 +238,7 @@ def opened(source: Source, max_megapixels: float | None = None) -> Opened:
 
 def frame(source: Source, max_megapixels: float | None = None) -> Frame:
     """What a mask of an image must fit, without decoding a picture where its file begins with that."""
-    if isinstance(source, np.ndarray) or source.suffix.lower() in (".dcm", ".dicom"):
+    if isinstance(source, np.ndarray) or (isinstance(source, Path) and source.suffix.lower() in (".dcm", ".dicom")):
         return opened(source).frame
     with _image(source, max_megapixels) as image:
         return _frame(image)
@@ -275,8 +275,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _image(source: Path, max_megapixels: float | None = None) -> Iterator[Image.Image]:
+def _image(source: Path | Image.Image, max_megapixels: float | None = None) -> Iterator[Image.Image]:
     """A file to be loaded within, also beyond Pillow's limit where another is given."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
     file: Any = source
     if source.suffix.lower() in (".tif", ".tiff"):  # Pillow maps such files, and scrambles them where a tag turns them
         file = BytesIO(source.read_bytes())

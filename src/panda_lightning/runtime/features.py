@@ -24,6 +24,7 @@ def extract(
     title: str,
     merged: bool = True,
     dtype: torch.dtype = torch.float32,
+    finish: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Embed every image of a data set once, each process its share.
 
@@ -34,12 +35,14 @@ def extract(
         title: What the progress bar says.
         merged: Whether every process gets the features of all, or keeps those of its own images.
         dtype: Of what is kept.
+        finish: What a process calls when it has no more images.
 
     Returns:
         (N, ...) on the trainer's device, in the order of the index.
     """
     with trainer.precision_plugin.forward_context():
         parts = [(batch["index"], embed(batch).to(dtype)) for batch in on_device(trainer, loader, title)]
+        finish()
     _, features = gather(parts, merged)
     return features
 

@@ -1,0 +1,100 @@
+"""Images that nobody has labelled, for ``lightning predict``."""
+
+import os
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from panda_lightning.arguments import Checked, Count, Number, Positive
+from panda_lightning.callbacks import Predictions
+from panda_lightning.datamodules.loaders import ShardedSampler
+from panda_lightning.pictures.images import View
+from panda_lightning.pictures.loose import Loose, LooseDataset, pointed_at
+from panda_lightning.pictures.reading import as_is
+from panda_lightning.types import Batch, PandaError
+
+
+class UnlabelledImages(Checked, pl.LightningDataModule):
+    """Any images, to be scored by a detector from a checkpoint, which knows how to resize them.
+
+    They are read as they are scored, so that their number does not count; what cannot be read gets a row with the
+    reason. A run that was cut short goes on: see Predictions.
+
+    Args:
+        images: A folder (with its subfolders), a file, a pattern (``photos/2026-*/*.jpg``), or a text file with a path
+            a line; see pictures.loose.pointed_at.
+        eval_batch_size: Images of a step, on each process.
+        num_workers: Processes that read images; None is the number of processors, at most 8.
+        max_megapixels: See AnomalyDataModule.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        eval_batch_size: Count = 128,
+        num_workers: Number | None = None,
+        max_megapixels: Positive | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.images = images
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.max_megapixels = max_megapixels
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            raise PandaError(f"unlabelled images cannot serve {stage}: score them with `lightning predict`.")
+        self._found = pointed_at(self.images)
+
+    def names(self, images: Loose) -> list[str]:
+        """What images are called."""
+        return images.names
+
+    def origin(self, training: bool) -> dict[str, Any]:
+        """What a run on these images depends on, see AnomalyDataModule.origin: nothing but the view is compared."""
+        return {"data": type(self).__name__, "view": self.view.words, "normal training images": None}
+
+    @property
+    def view(self) -> View:
+        """How images are resized: as the detector's were."""
+        detector: Any = self.trainer.lightning_module  # type: ignore[union-attr]  # Lightning has set the trainer
+        return View.of(detector.origin["view"], self.max_megapixels)
+
+    @property
+    def normal_images(self) -> Any:
+        """There are none.
+
+        Raises:
+            PandaError: Always; a detector asks where it has no bank.
+        """
+        raise PandaError(
+            "the checkpoint holds no bank of normal images, and unlabelled images cannot make one: test it once with "
+            "its data set, and give the checkpoint that the test saves, or one of an epoch's end."
+        )
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        trainer: Any = self.trainer
+        detector: Any = trainer.lightning_module
+        detector.require_learned()
+        detector.accept(self)
+        table = next(c for c in trainer.callbacks if isinstance(c, Predictions))
+        left = table.left(trainer, detector, self._found)
+        done = len(self._found) - len(left)
+        rank_zero_info(f"{len(left)} images to score" + (f"; {done} were scored before" if done else ""))
+        workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
+        dataset = LooseDataset(self._found, self.view, threads=not workers, rows=left)
+        return DataLoader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            sampler=ShardedSampler(len(left), trainer.world_size, trainer.global_rank, shuffle=False),
+            collate_fn=as_is,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )

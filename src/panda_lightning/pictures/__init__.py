@@ -1,0 +1,1 @@
+"""How files become pixels, and what they are called."""

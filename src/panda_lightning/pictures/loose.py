@@ -1,0 +1,171 @@
+"""Pictures that somebody points at: folders, files, patterns, lists of them, and pictures in memory."""
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from panda_lightning.pictures.images import View
+from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.pixels import ENDINGS, Source
+from panda_lightning.pictures.reading import look
+from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.types import Batch, PandaError
+
+LISTS = (".txt", ".lst")
+SHAPES = "uint8 arrays (H, W), (H, W, 3) or (N, H, W, 3), or uint8 tensors (H, W), (3, H, W) or (N, 3, H, W)"
+
+
+@dataclass(frozen=True)
+class Loose:
+    """Pictures of no data set.
+
+    Attributes:
+        names: Paths as they were given, below the folder that was; of pictures in memory, their numbers.
+        sources: Files, arrays and Pillow's images.
+    """
+
+    names: list[str]
+    sources: list[Source]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fingerprint(self) -> str:
+        """A short name of files by name, size and time of change."""
+        files = [(name, *_stat(source)) for name, source in zip(self.names, self.sources, strict=True)]
+        return fingerprint(files)
+
+
+def _stat(source: Source) -> tuple[int, int]:
+    if not isinstance(source, Path) or not source.exists():
+        return 0, 0
+    stat = source.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def pointed_at(images: Any) -> Loose:
+    """Find pictures.
+
+    Args:
+        images: A folder (with its subfolders), a file, a pattern with * ? or [ ], a text file (.txt, .lst) with a path
+            a line; an image of Pillow; uint8 arrays (H, W), (H, W, 3) or (N, H, W, 3); uint8 tensors (H, W), (3, H, W)
+            or (N, 3, H, W); or several of these. Paths in a text file are below its folder, or else below the current
+            one. Of several paths, one that is not there is unreadable.
+
+    Raises:
+        PandaError: If there are none, or it is none of these.
+    """
+    sources = list(_sources(images))
+    if not sources:
+        raise PandaError("there is nothing to score: the list of images is empty.")
+    return Loose([str(s) if isinstance(s, Path) else str(i) for i, s in enumerate(sources)], sources)
+
+
+def _sources(images: Any) -> Iterable[Source]:
+    if isinstance(images, str | os.PathLike):
+        return _files(Path(images).expanduser())
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, Tensor):
+        return _arrays(images)
+    if isinstance(images, np.ndarray):
+        return _arrays(images)
+    if isinstance(images, Iterable) and not isinstance(images, bytes | dict):
+        return [source for one in images for source in (_named(one) or _sources(one))]
+    raise PandaError(
+        f"a {type(images).__name__} is no image: give a path, an image of Pillow, {SHAPES}, or a list of these."
+    )
+
+
+def _named(one: Any) -> Sequence[Path]:
+    """One of several paths that is not there: it is then unreadable, and the others count."""
+    lost = isinstance(one, str | os.PathLike) and not Path(one).expanduser().exists() and not has_magic(str(one))
+    return [Path(one)] if lost else []
+
+
+def _files(path: Path) -> Sequence[Path]:
+    if path.is_dir():
+        found = images_below(path)
+        if not found:
+            raise PandaError(f"there are no images in {path}: expected files that end in {', '.join(ENDINGS)}.")
+        return found
+    if path.suffix.lower() in LISTS and path.is_file():
+        try:
+            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise PandaError(f"{path} is no list of paths, for it is not text ({error}).") from error
+        named = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise PandaError(f"{path} lists no images: expected a path a line.")
+        return [path.parent / name if (path.parent / name).exists() else name for name in named]
+    if path.is_file():
+        return [path]
+    matching = [Path(name) for name in sorted(glob(str(path), recursive=True))]
+    if not matching:
+        raise PandaError(f"{path} is no file and no folder, and as a pattern matches nothing.")
+    return [file for one in matching for file in (images_below(one) if one.is_dir() else [one])]
+
+
+def _arrays(images: Any) -> Sequence[Source]:
+    kind, shape, dtype = type(images).__name__, tuple(images.shape), str(images.dtype).removeprefix("torch.")
+    if dtype != "uint8":
+        cure = "save it as a 16-bit PNG and give its path, so that the detector's rule for intensity counts"
+        if dtype.startswith(("float", "bfloat")):
+            cure = "if its values lie in 0 to 1, give (255 * x).round() as uint8"
+        raise PandaError(f"a {kind} of {dtype} is no image, only uint8 is: {cure}.")
+    arrays = np.asarray(images.cpu()) if isinstance(images, Tensor) else images
+    if isinstance(images, Tensor) and arrays.ndim > 2:  # channels first
+        arrays = np.moveaxis(arrays, -3, -1)
+    if min(shape, default=0) > 0 and arrays.ndim in (3, 4) and arrays.shape[-1] == 3:
+        return [arrays] if arrays.ndim == 3 else list(arrays)
+    if min(shape, default=0) > 0 and arrays.ndim == 2:
+        return [arrays]
+    raise PandaError(f"a {kind} of shape {shape} is no image: give {SHAPES}.")
+
+
+class LooseDataset(Dataset[Batch]):
+    """Pictures as a detector sees them, read at every access.
+
+    Of one that cannot be read a batch holds zeros, and the reason in ``unreadable``.
+
+    Args:
+        images: What to show.
+        view: How they are resized.
+        threads: Read the images of a batch beside each other, where no worker processes do.
+        rows: Which of the images there are to be shown; None for all.
+    """
+
+    def __init__(self, images: Loose, view: View, threads: bool, rows: Sequence[int] | None = None) -> None:
+        self.images = images
+        self.view = view
+        self.threads = threads
+        self.rows = range(len(images)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:
+        rows = [self.rows[place] if place >= 0 else -1 for place in places]  # -1 is a filler
+        sources = [self.images.sources[row] for row in rows if row >= 0]
+        if self.threads:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                found = list(pool.map(lambda source: look(self.view, source), sources))
+        else:
+            found = [look(self.view, source) for source in sources]
+        image = torch.zeros((len(rows), 3, self.view.size, self.view.size), dtype=torch.uint8)
+        for i, seen in enumerate(found):
+            if seen.pixels is not None:
+                image.numpy()[i] = seen.pixels
+        index = torch.tensor(rows, dtype=torch.long)
+        reasons = [seen.facts.unreadable for seen in found]
+        return {"image": image, "label": torch.zeros_like(index), "index": index, "unreadable": reasons}

@@ -93,21 +93,23 @@ class Predictions(Checked, pl.Callback):
         if not self._begun:  # the bank is there by now
             self._begun, self._calibration = True, pl_module.calibration
             self._level = level_of(self._calibration, self.alpha, self.alpha_fdr)
+            shown = trainer.predict_dataloaders.dataset.images  # type: ignore[union-attr]
+            self._paths, self._names = shown.paths(), pl_module.data.names(shown)
         real = (outputs["index"] >= 0).nonzero().flatten()  # of no images there is a filler
         index = outputs["index"][real].tolist()
         if not index:
             return
-        dataset: Any = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
-        known = pl_module.data.names(dataset.images)
-        names, reasons = [known[i] for i in index], batch.get("unreadable", [""] * len(index))
+        reasons = batch.get("unreadable", [""] * len(index))
         found = {kind: value[real] for kind, value in outputs.items()}
-        part = results(names, reasons, found, pl_module.bank_names, self._calibration, self._level)
+        part = results(
+            [self._paths[i] for i in index], reasons, found, pl_module.bank_names, self._calibration, self._level
+        )
         self._write([{"index": i, **row} for i, row in zip(index, part.rows(), strict=True)])
         if part.maps is not None:
             images = batch["image"][real].permute(0, 2, 3, 1).cpu().numpy()
-            for name, image, values, reason in zip(names, images, part.maps, reasons, strict=True):
+            for i, image, values, reason in zip(index, images, part.maps, reasons, strict=True):
                 if not reason:
-                    self._draw(pl_module, name, image, values)
+                    self._draw(pl_module, self._names[i], image, values)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         try:

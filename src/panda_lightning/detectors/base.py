@@ -344,7 +344,7 @@ class Detector(Checked, pl.LightningModule, ABC):
             )
         self.bank, self.bank_weights = self.make_bank(), self._weights()
         shown: Any = getattr(self.data.normal_dataloader(), "dataset", None)  # a user's own may have no names
-        self.bank_names = self.data.names(shown.images) if hasattr(shown, "images") else []
+        self.bank_names = shown.images.paths() if hasattr(shown, "images") else []
 
     # ---- a calibration ---------------------------------------------------------------------------------------------
 

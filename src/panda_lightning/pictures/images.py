@@ -49,6 +49,12 @@ class Images:
         places = rows if self.rows is None else self.rows[rows]
         return Images(sources, self.targets[rows], masks, self.problems, self.notes, places)
 
+    def paths(self) -> list[str]:
+        """Where they are: their files, or their row numbers in the split."""
+        rows = range(len(self)) if self.rows is None else self.rows
+        pairs = zip(self.sources, rows, strict=True)
+        return [str(source) if isinstance(source, Path) else str(row) for source, row in pairs]
+
     def names(self, root: Path) -> list[str]:
         """What they are called: their files relative to ``root``, or their row numbers in the split."""
         rows = range(len(self)) if self.rows is None else self.rows

@@ -40,6 +40,10 @@ class Loose:
     def __len__(self) -> int:
         return len(self.names)
 
+    def paths(self) -> list[str]:
+        """Where they are."""
+        return self.names
+
     def fingerprint(self) -> str:
         """A short name of files by name, size and time of change."""
         files = [(name, *_stat(source)) for name, source in zip(self.names, self.sources, strict=True)]

@@ -1,0 +1,108 @@
+"""``panda gallery predictions.jsonl``: scored images on one page, to look at in a browser."""
+
+import base64
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+from jsonargparse import Namespace
+from PIL import Image
+from rich import get_console
+from rich.progress import track
+
+from panda_lightning.arguments import Count, Number
+from panda_lightning.cli import OneSentenceParser
+from panda_lightning.pictures.pixels import read_rgb
+from panda_lightning.runtime.whole import new_file
+from panda_lightning.types import PandaError
+
+HELP = "Show scored images on one HTML page: sorted by score, with maps, nearest normal images, filter and search."
+PAGE = Path(__file__).with_suffix(".html")
+
+
+def arguments(parser: OneSentenceParser) -> None:
+    """Accept the table of `lightning predict`, and what to show of it."""
+    add = parser.add_argument
+    add("table", type=Path, help="A predictions.jsonl; the folder maps beside it is used, if it is there.")
+    add("-o", "--output", type=Path | None, default=None, help="The page; by default gallery.html beside the table.")
+    add("--limit", type=Count, default=5000, help="Show so many images, those with the highest scores.")
+    add("--size", type=Count, default=128, help="Side of the pictures, in pixels.")
+    add("--neighbours", type=Number, default=3, help="Nearest normal images to show with each.")
+    add("--intensity", type=str, default="auto", help="As data.intensity.")
+
+
+def run(config: Namespace) -> int:
+    """Write the page and say where."""
+    output = config.output or config.table.with_name("gallery.html")
+    count = gallery(config.table, output, config.limit, config.size, config.neighbours, config.intensity)
+    get_console().print(f"Gallery of {count} images: {output}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def gallery(
+    table: Path, output: Path, limit: int = 5000, size: int = 128, neighbours: int = 3, intensity: str = "auto"
+) -> int:
+    """Write a page that holds all it shows, and asks nothing of a network.
+
+    Args:
+        table: A predictions.jsonl.
+        output: The page.
+        limit: How many images, the highest scores first; those that cannot be read come last.
+        size: Side of the pictures in pixels.
+        neighbours: How many nearest normal images to show with each.
+        intensity: See AnomalyDataModule.
+
+    Returns:
+        How many images it shows.
+
+    Raises:
+        PandaError: If the table cannot be read.
+    """
+    try:
+        rows = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+        rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PandaError(f"{table} is no predictions.jsonl of `lightning predict` ({error}).") from error
+    total, rows = len(rows), rows[:limit]
+    for row in rows:
+        row["neighbours"] = row.get("neighbours", [])[:neighbours]
+        row["map"] = _map_of(table, row["path"])
+    paths = {row["path"] for row in rows if not row["unreadable"]}
+    paths |= {near["path"] for row in rows for near in row["neighbours"]} | {row["map"] for row in rows if row["map"]}
+    shown = dict(_pictures(sorted(paths), size, intensity))
+    content = json.dumps({"rows": rows, "pictures": shown, "total": total, "name": str(table)})
+    page = PAGE.read_text("utf-8").replace("/*CONTENT*/", content.replace("<", "\\u003c"))
+    with new_file(output) as part:
+        part.write_text(page, "utf-8")
+    return len(rows)
+
+
+def _map_of(table: Path, path: str) -> str | None:
+    """The overlay of an image, if there is one: below maps by its whole path, or by the end of it."""
+    parts = [part for part in Path(path).parts if part not in ("/", "..")]
+    candidates = (table.parent / "maps" / f"{Path(*parts[i:])}.png" for i in range(len(parts)))
+    return next((str(one) for one in candidates if one.is_file()), None)
+
+
+def _pictures(paths: list[str], size: int, intensity: str) -> Iterator[tuple[str, str]]:
+    """Each picture as a JPEG in a data address; one that cannot be read is left out."""
+
+    def picture(path: str) -> str:
+        try:
+            image = read_rgb(Path(path), intensity)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return ""
+        image.thumbnail((size, size))
+        file = BytesIO()
+        image.save(file, format="JPEG", quality=72)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        found_all = track(pool.map(picture, paths), "Pictures", len(paths), transient=True)
+        for path, found in zip(paths, found_all, strict=True):
+            if found:
+                yield path, found

@@ -19,7 +19,7 @@ def test_scores_are_written_by_file(run, workdir):
     run("predict", *fast(folder, model="DN2"), f"--ckpt_path={last}")
     rows = written(workdir / "runs/t/version_1/predictions.csv")
     names = [f"test/spot/{n:03d}.png" for n in range(100, 107)] + [f"test/stripe/{n:03d}.png" for n in range(6)]
-    assert [row["path"] for row in rows] == names
+    assert [row["path"] for row in rows] == [str(folder / name) for name in names]
     scores = np.array([float(row["score"]) for row in rows])
     wins = scores[7:, None] > scores[None, :7]
     (logged,) = written(workdir / "runs/t/version_0/metrics.csv")

@@ -61,8 +61,8 @@ def test_the_range_is_that_of_the_maps_of_the_last_validation(tmp_path):
         factor = 1.0
 
         def score_and_map(self, batch):
-            score, maps = super().score_and_map(batch)
-            return score, maps * self.factor
+            found = super().score_and_map(batch)
+            return {**found, "map": found["map"] * self.factor}
 
     detector, module, run = Scaled("panda_tiny", k=3, sigma=1.0), mvtec(tmp_path), trainer(tmp_path)
     for loop in (run.validate, run.test):
@@ -161,11 +161,10 @@ def test_maps_are_drawn_and_predicted(run, workdir):
     folder = workdir / "runs/t/version_1"
     with (folder / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [r["file"] for r in rows] == [
-        f"bottle/test/{kind}/{n:03d}.png" for kind in ("broken", "good") for n in range(4)
-    ]
-    for row in rows:
-        path = folder / "maps" / row["file"]
+    names = [f"bottle/test/{kind}/{n:03d}.png" for kind in ("broken", "good") for n in range(4)]
+    assert [r["path"] for r in rows] == [str(workdir / "data" / name) for name in names]
+    for name in names:
+        path = folder / "maps" / name
         values = np.load(f"{path}.npy")
         assert values.shape == (32, 32)
         assert values.dtype == np.float32

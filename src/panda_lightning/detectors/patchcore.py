@@ -118,7 +118,7 @@ class PatchCore(SegmentationDetector):
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
-        found = super().explained(batch)
+        found = self.mapped(batch)
         patch = found.pop("patch")
         return found if self.bank_images is None else {**found, **self._nearest_images(patch)}
 

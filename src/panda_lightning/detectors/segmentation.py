@@ -83,14 +83,18 @@ class SegmentationDetector(PretrainedDetector):
     def anomaly_score(self, batch: Batch) -> Tensor:
         return self.score_and_map(batch)["score"]
 
-    @override
-    def explained(self, batch: Batch) -> dict[str, Tensor]:
+    def mapped(self, batch: Batch) -> dict[str, Tensor]:
+        """The same, smoothed: all that a validation needs."""
         found = self.score_and_map(batch)
         return {**found, "map": self._smoothed(found["map"])}
 
     @override
+    def explained(self, batch: Batch) -> dict[str, Tensor]:
+        return self.mapped(batch)
+
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        found = self.predict_step(batch, batch_idx)
+        found = {"index": batch["index"], **self.mapped(batch)}
         self._parts.append((found["index"], found["score"], batch["label"]))
         if len(shown := found["map"][batch["index"] >= 0]):
             low, high = (float(value) for value in shown.aminmax())

@@ -21,6 +21,7 @@ from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
 from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.loose import listed_paths
 from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is, decoded
 from panda_lightning.runtime.whole import alone, new_file
@@ -60,6 +61,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         eval_batch_size: Images of a step of extraction and scoring, on each process.
         train_limit: Keep only so many normal training images, evenly spaced; None keeps all.
         test_limit: The same for test images.
+        leave_out: Training images that are not to be used: a text file with a path or row number a line, or a table
+            with a column path, such as `panda suspects` writes.
         calibration_fraction: Share of the normal training images that is held back from training and from the bank;
             what they score turns scores into p-values (README, decisions). Which they are depends on seed and names.
         memory_gb: Decoded images are kept in memory if all fit in so many GiB on each process, else read at every
@@ -95,6 +98,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         eval_batch_size: Count = 128,
         train_limit: Count | None = None,
         test_limit: Count | None = None,
+        leave_out: str | None = None,
         calibration_fraction: Fraction = 0.0,
         memory_gb: Amount = 4.0,
         num_workers: Number | None = None,
@@ -118,6 +122,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.train_limit = train_limit
         self.test_limit = test_limit
+        self.leave_out = leave_out
         self.calibration_fraction = calibration_fraction
         self.memory_gb = memory_gb
         self.num_workers = num_workers
@@ -318,6 +323,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
                     f"{type(self).__name__} has no training images of the normal class {self._normal_name} in "
                     f"{self.root}."
                 )
+            if self.leave_out is not None:
+                images = self._without(images, self.leave_out)
         elif images.masks is not None:
             images = self._with_masks(images, anomalous)
         for problem in images.problems:
@@ -328,6 +335,28 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         if limit is not None and limit < len(images):
             images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
         return images
+
+    def _without(self, images: Images, listing: str) -> Images:
+        """Images without those that a file lists.
+
+        Raises:
+            PandaError: If it cannot be read, or lists what is not there.
+        """
+        wanted = listed_paths(listing)
+        names, paths = self.names(images), images.paths()
+        left = [i for i in range(len(images)) if names[i] not in wanted and paths[i] not in wanted]
+        strange = sorted(wanted - {*names, *paths})
+        if strange:
+            raise PandaError(
+                f"leave_out={listing} lists {len(strange)} of {len(wanted)} that are no normal training images, such "
+                f"as {strange[0]}: name files as they are, or below {self.root}."
+            )
+        if len(left) < 2:
+            raise PandaError(
+                f"leave_out={listing} leaves {len(left)} of {len(images)} normal training images: shorten it."
+            )
+        rank_zero_info(f"{len(images) - len(left)} of {len(images)} normal training images are left out by {listing}.")
+        return images.take(np.array(left, dtype=np.int64))
 
     def _with_masks(self, images: Images, anomalous: npt.NDArray[np.bool_]) -> Images:
         """Images with the masks of those that are anomalous; one that is missing is a problem."""
@@ -381,7 +410,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     @override
     def teardown(self, stage: str) -> None:
-        folder = self.trainer.log_dir if self.trainer and self.own_split else None  # asks all processes
+        ours = self.own_split or self.calibration_fraction > 0
+        folder = self.trainer.log_dir if self.trainer and ours else None  # asks all processes
         if self.trainer and folder and self.trainer.is_global_zero:
             splits: tuple[Split, Split] = ("test", "train")
             with new_file(Path(folder) / "manifest.csv") as part:

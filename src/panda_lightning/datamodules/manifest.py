@@ -15,13 +15,16 @@ def manifest(data: Any, splits: Sequence[str] = ("train", "test")) -> str:
 
     Returns:
         Lines ``file,split,label`` ending in ``\n``, the heading first; file is relative to ``root`` with forward
-        slashes, or the row number in the split where images are an array; label is 1 for anomalous.
+        slashes, or the row number in the split where images are an array; label is 1 for anomalous. Training images
+        that are held back have the split calibration.
     """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("file", "split", "label"))
+    held = set(data.names(data.calibration_images)) if "train" in splits else set()
     for split in splits:
         images = data.protocol_images(split)
         for name, anomalous in zip(images.names(data.root), data.is_anomalous(images.targets), strict=True):
-            lines.writerow((name, split, int(anomalous)))
+            where = "calibration" if split == "train" and name in held else split
+            lines.writerow((name, where, int(anomalous)))
     return text.getvalue()

@@ -24,6 +24,7 @@ from panda_lightning.types import PandaError
 
 SIDE, WINDOW = 32, 28  # pixels of a thumbnail, and of what is compared of it
 SAME = 0.87  # correlation from which two windows show one picture; chosen in experiments/outlier_filter.py
+TWINS = 0.97  # correlation from which two whole thumbnails do, less the mean; chosen in experiments/suspects.py
 WORTH = 0.6  # correlation with every other window from which all are tried
 ROWS = 8192  # outliers in memory at a time
 
@@ -114,6 +115,33 @@ def likeness(test: Images, outliers: Images, intensity: str = "auto") -> npt.NDA
         found[rows] = _correlation(bank, grey).numpy()
         found[rows[[picture.tobytes() in copies for picture in grey.numpy()]]] = 1
     return found
+
+
+def near_copies(images: Images, others: Images | None = None, intensity: str = "auto") -> list[tuple[int, int, float]]:
+    """Pairs of images that show nearly the same: rows, and their correlation, the most alike first.
+
+    Whole thumbnails and their mirror images are compared, less the mean of all, since pictures of one thing on one
+    ground are all much alike. A copy may be resized, compressed, mirrored or grey, and, where pictures differ, a little
+    brighter; cut and shifted ones are not found (``likeness`` finds them). For the rates see experiments/RESULTS.md.
+
+    Args:
+        images: Rows of the first of a pair.
+        others: Of the second; None is the same images, each pair once.
+        intensity: See AnomalyDataModule.
+    """
+    rows, grey = _thumbnails(images, np.arange(len(images)), intensity)
+    second_rows, second = (rows, grey) if others is None else _thumbnails(others, np.arange(len(others)), intensity)
+    mean = grey.mean(dim=0)
+    there, mirrored = _spectrum(second - mean), _spectrum(second.flip(-1) - mean)
+    pairs = []
+    with full_float32(there.device):
+        for start in range(0, len(rows), 1024):
+            here = _spectrum(grey[start : start + 1024] - mean)
+            alike = torch.maximum(here @ there.T, here @ mirrored.T)
+            for i, j in (alike >= TWINS).nonzero().tolist():
+                if others is not None or start + i < j:
+                    pairs.append((int(rows[start + i]), int(second_rows[j]), float(alike[i, j])))
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def _thumbnails(

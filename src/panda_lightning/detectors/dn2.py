@@ -163,16 +163,16 @@ class DN2(PretrainedDetector):
         if self.reduced:  # a centroid is no image
             features = self.scoring_space(self.bank.to(self.device))
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
-        return float(self.index.mean(self._without_itself()))
+        return float(self.index.mean(self.without_itself()))
 
     @override
     def leave_one_out(self) -> Tensor | None:
         small = self.bank is None or self.k >= len(self.index)
         if small or self.reduced or self.shard_bank:
             return None
-        return self._without_itself(step=-(-len(self.index) // 2000))  # as many are enough
+        return self.without_itself(step=-(-len(self.index) // 2000))  # as many are enough
 
-    def _without_itself(self, step: int = 1) -> Tensor:
+    def without_itself(self, step: int = 1) -> Tensor:
         """Scores (N,) of every ``step``-th of the bank's images that are here, none counted as its own neighbour."""
         features = self.scoring_space(self.bank.to(self.device)[::step])
         if self.k >= len(self.index):

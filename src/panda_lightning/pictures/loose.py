@@ -1,5 +1,6 @@
 """Pictures that somebody points at: folders, files, patterns, lists of them, and pictures in memory."""
 
+import csv
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,30 @@ def _sources(images: Any) -> Iterable[Source]:
     )
 
 
+def listed_paths(path: str | Path) -> set[str]:
+    """The paths that a text file lists, one a line, or a table in its column path.
+
+    Raises:
+        PandaError: If it cannot be read.
+    """
+    lines = _lines(Path(path).expanduser())
+    if Path(path).suffix.lower() != ".csv":
+        return set(lines)
+    rows = csv.DictReader(lines)
+    if "path" not in (rows.fieldnames or ()):
+        raise PandaError(f"{path} has no column path; it has {', '.join(rows.fieldnames or ('none',))}.")
+    return {row["path"] for row in rows}
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file but for empty ones and remarks."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PandaError(f"{path} is no list of paths ({error}).") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def _named(one: Any) -> Sequence[Path]:
     """One of several paths that is not there: it is then unreadable, and the others count."""
     lost = isinstance(one, str | os.PathLike) and not Path(one).expanduser().exists() and not has_magic(str(one))
@@ -104,11 +129,7 @@ def _files(path: Path) -> Sequence[Path]:
             raise PandaError(f"there are no images in {path}: expected files that end in {', '.join(ENDINGS)}.")
         return found
     if path.suffix.lower() in LISTS and path.is_file():
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise PandaError(f"{path} is no list of paths, for it is not text ({error}).") from error
-        named = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+        named = [Path(line).expanduser() for line in _lines(path)]
         if not named:
             raise PandaError(f"{path} lists no images: expected a path a line.")
         return [path.parent / name if (path.parent / name).exists() else name for name in named]

@@ -1,0 +1,127 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from panda_lightning import ImageFolder, PandaError
+from panda_lightning.datamodules.outliers import near_copies
+from panda_lightning.pictures.images import Images
+from panda_lightning.tools import main
+from tests.conftest import make_folder, picture
+
+
+@pytest.fixture
+def folder(workdir):
+    """40 spots to train on; among them two stripes, a mirrored copy, and a blank, a dark and a blurred one."""
+    root = make_folder(workdir / "images", train=40)
+    spot = root / "train/spot"
+    for n in (0, 1):
+        picture("stripe", 50 + n).save(spot / f"stripe{n}.png")
+    ImageOps.mirror(Image.open(spot / "003.png")).save(spot / "again.jpg", quality=80)
+    Image.new("RGB", (40, 40), (90, 90, 90)).save(spot / "blank.png")
+    Image.fromarray((np.asarray(Image.open(spot / "004.png")) * 0.15).astype(np.uint8)).save(spot / "dark.png")
+    Image.open(spot / "005.png").filter(ImageFilter.GaussianBlur(9)).save(spot / "blurred.png")
+    Image.open(spot / "006.png").save(root / "test/spot/leaked.png")
+    return root
+
+
+def words(folder):
+    return [
+        "suspects", "--data=ImageFolder", f"--data.root={folder}", "--data.normal_class=spot", "--data.image_size=32",
+        "--backbone=panda_tiny", "-o", "s.csv",
+    ]  # fmt: skip
+
+
+def test_what_is_odd_is_listed_and_can_be_left_out(folder, workdir, capsys):
+    assert main([*words(folder), "--share=0.15"]) == 0
+    rows = {row["path"].rsplit("/", 1)[1]: row for row in csv.DictReader((workdir / "s.csv").open())}
+    assert {"stripe0.png", "stripe1.png", "again.jpg", "003.png", "006.png", "blank.png", "dark.png"} <= set(rows)
+    assert float(rows["stripe0.png"]["p_value"]) <= 3 / 46
+    assert "train/spot/003.png" in rows["again.jpg"]["copies"]
+    assert "test: test/spot/leaked.png" in rows["006.png"]["copies"]
+    assert rows["blank.png"]["remarks"] == "blank"
+    assert "dark" in rows["dark.png"]["remarks"]
+    assert rows["blurred.png"]["remarks"] == "blurred"
+    assert len(rows) < 25
+    lines = [json.loads(line) for line in (workdir / "s.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == [row["path"] for row in csv.DictReader((workdir / "s.csv").open())]
+    assert "46 images: 1 blank, 1 dark, 1 blurred" in capsys.readouterr().out
+    assert main(["gallery", "s.jsonl"]) == 0
+
+    data = ImageFolder(str(folder), normal_class="spot", image_size=32, leave_out="s.csv")
+    left = set(data.names(data.normal_images))
+    assert len(left) == 46 - len(rows)
+    assert not any(name.rsplit("/", 1)[1] in rows for name in left)
+
+
+def test_scores_are_those_of_a_plain_loop(folder):
+    from panda_lightning import DN2
+    from panda_lightning.tools.suspects import suspects
+
+    data = ImageFolder(str(folder), normal_class="spot", image_size=32, crop="squash")
+    rows = suspects(data, "panda_tiny", 3)
+    detector = DN2("panda_tiny", normalize=True)
+    detector.load_networks()
+    paths = data.normal_images.paths()
+    features = np.concatenate(
+        [detector.scoring_space(detector.embed(batch)).detach().numpy() for batch in data.normal_dataloader()]
+    )
+    gaps = np.square(features[:, None] - features[None]).sum(axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    expected = np.sort(gaps, axis=1)[:, :3].sum(axis=1)
+    for row in rows:
+        i = paths.index(row["path"])
+        assert row["score"] == pytest.approx(expected[i], rel=1e-4)
+        assert row["p_value"] == pytest.approx((expected >= expected[i] * (1 - 1e-6)).mean())
+        assert row["neighbours"][0]["path"] == paths[int(gaps[i].argmin())]
+
+
+@pytest.mark.parametrize("kind", ["text", "names", "table"])
+def test_lists_of_paths_and_of_names_are_left_out(folder, workdir, kind):
+    names = ["train/spot/001.png", "train/spot/002.png"]
+    lines = names if kind == "names" else [str(folder / name) for name in names]
+    listing = workdir / ("out.csv" if kind == "table" else "out.txt")
+    listing.write_text("\n".join(["path", *lines] if kind == "table" else ["# mine", *lines]))
+    data = ImageFolder(str(folder), normal_class="spot", leave_out=str(listing))
+    assert set(names).isdisjoint(data.names(data.normal_images))
+    assert len(data.normal_images) == 44
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train/spot/nowhere.png", "lists 1 of 1 that are no normal training images, such as train/spot/nowhere.png"),
+        (None, "out.txt is no list of paths"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(folder, workdir, text, said):
+    if text is not None:
+        (workdir / "out.txt").write_text(text)
+    with pytest.raises(PandaError, match=said):
+        _ = ImageFolder(str(folder), normal_class="spot", leave_out="out.txt").normal_images
+
+
+def test_leaving_nearly_all_out_is_refused(folder, workdir):
+    data = ImageFolder(str(folder), normal_class="spot")
+    (workdir / "out.txt").write_text("\n".join(data.names(data.normal_images)[1:]))
+    data.leave_out = "out.txt"
+    with pytest.raises(PandaError, match="leaves 1 of 46"):
+        _ = data.normal_images
+
+
+def test_too_few_images_for_k_are_refused(folder):
+    with pytest.raises(SystemExit, match="k=46 neighbours of an image need 47 images or more, and there are 46"):
+        main([*words(folder), "--k=46"])
+
+
+def test_pictures_of_one_thing_on_one_ground_are_no_copies():
+    rng = np.random.default_rng(0)
+    ground = rng.integers(0, 256, (8, 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
+    coarse = rng.normal(0, 12, (60, 8, 8, 1)).repeat(8, axis=1).repeat(8, axis=2)
+    pixels = (ground + coarse).clip(0, 255).astype(np.uint8)
+    images = Images(np.concatenate([pixels, pixels[:1, :, ::-1]]), np.zeros(61, dtype=np.int64))
+    ((one, other, alike),) = near_copies(images)
+    assert (one, other) == (0, 60)
+    assert alike > 0.99

@@ -22,7 +22,8 @@ def folder(workdir):
     ImageOps.mirror(Image.open(spot / "003.png")).save(spot / "again.jpg", quality=80)
     Image.new("RGB", (40, 40), (90, 90, 90)).save(spot / "blank.png")
     Image.fromarray((np.asarray(Image.open(spot / "004.png")) * 0.15).astype(np.uint8)).save(spot / "dark.png")
-    Image.open(spot / "005.png").filter(ImageFilter.GaussianBlur(9)).save(spot / "blurred.png")
+    bright = Image.fromarray((np.asarray(Image.open(spot / "005.png")) * 0.6 + 100).astype(np.uint8))
+    bright.filter(ImageFilter.GaussianBlur(4)).save(spot / "blurred.png")
     Image.open(spot / "006.png").save(root / "test/spot/leaked.png")
     return root
 

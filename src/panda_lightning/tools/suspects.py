@@ -31,7 +31,7 @@ from panda_lightning.types import PandaError
 
 HELP = "List normal training images that look least like the others, copies, and blank, dark or blurred ones."
 SHOWN = 20  # rows that are printed
-BLANK, DARK, BLURRED = 4.0, 24.0, 0.1  # spread and mean of grey values; sharpness as a share of the median
+BLANK, DARK, BLURRED = 4.0, 24.0, 0.25  # spread and mean of grey values; sharpness as a share of the median
 
 
 def arguments(parser: OneSentenceParser) -> None:

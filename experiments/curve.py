@@ -13,11 +13,13 @@ class Curve(pl.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         """AUROC now."""
-        self.rows.append({"epoch": pl_module.epochs_trained, "auroc": float(trainer.callback_metrics["val/auroc"])})
+        found = trainer.callback_metrics
+        self.rows.append({"epoch": pl_module.epochs_trained, "auroc": float(found["val/auroc"])})
+        self.rows[-1] |= {key: float(value) for key, value in found.items() if key.startswith("features/")}
 
     def on_train_epoch_end(self, trainer, pl_module):
         """The terms of the epoch, after its validation."""
-        for key in ("train/compactness", "train/ewc", "train/distance_from_start"):
+        for key in ("train/compactness", "train/ewc", "train/distance_from_start", "features/ewc_share"):
             if key in trainer.callback_metrics:
                 self.rows[-1][key] = float(trainer.callback_metrics[key])
 

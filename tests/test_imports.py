@@ -10,8 +10,9 @@ LAYERS = [
     {"types", "runtime.processes", "runtime.derived"},
     {"arguments", "runtime.whole"},
     {
-        "formulas.conformal", "formulas.losses", "formulas.metrics", "formulas.pixel_metrics", "networks.augment",
-        "networks.folding", "networks.scratch", "runtime.checkpoints", "runtime.features",
+        "formulas.conformal", "formulas.feature_health", "formulas.losses", "formulas.metrics",
+        "formulas.pixel_metrics", "networks.augment", "networks.folding",
+        "networks.scratch", "runtime.checkpoints", "runtime.features",
         "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },
     {"networks.loading", "pictures", "runtime.agreement", "runtime.results", "search.coreset", "search.sharded"},

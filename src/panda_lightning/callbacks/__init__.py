@@ -1,6 +1,7 @@
 """One job a file."""
 
 from panda_lightning.callbacks.anomaly_maps import AnomalyMaps
+from panda_lightning.callbacks.feature_health import FeatureHealth
 from panda_lightning.callbacks.health import Health
 from panda_lightning.callbacks.media import Media
 from panda_lightning.callbacks.predictions import Predictions
@@ -11,6 +12,7 @@ from panda_lightning.callbacks.save_on_signal import SaveOnSignal
 
 __all__ = [
     "AnomalyMaps",
+    "FeatureHealth",
     "Health",
     "Media",
     "Predictions",

@@ -174,14 +174,22 @@ class DN2(PretrainedDetector):
 
     def without_itself(self, step: int = 1) -> Tensor:
         """Scores (N,) of every ``step``-th of the bank's images that are here, none counted as its own neighbour."""
+        return self.others(self.k, step)[0].sum(dim=1)
+
+    def others(self, count: int, step: int = 1) -> tuple[Tensor, Tensor]:
+        """The nearest others of every ``step``-th of the bank's images that are here: distances and rows (N, count).
+
+        Raises:
+            PandaError: If there are not as many.
+        """
         features = self.scoring_space(self.bank.to(self.device)[::step])
-        if self.k >= len(self.index):
-            raise PandaError(f"k={self.k} neighbours beside the image itself need a bank of {self.k + 1} or more.")
-        distances, rows = self.index.search(features, self.k + 1)
+        if count >= len(self.index):
+            raise PandaError(f"k={count} neighbours beside the image itself need a bank of {count + 1} or more.")
+        distances, rows = self.index.search(features, count + 1)
         itself = rows == self.index.rows(len(self.bank))[::step].to(rows).unsqueeze(1)
-        distances = distances.masked_fill(itself, torch.inf).sort(dim=1).values  # copies may hide the image itself
+        distances, order = distances.masked_fill(itself, torch.inf).sort(dim=1)  # copies may hide the image itself
         self.index.serve()
-        return distances[:, : self.k].sum(dim=1)
+        return distances[:, :count], rows.gather(1, order)[:, :count]
 
     @override
     def whole(self) -> dict[str, Any]:

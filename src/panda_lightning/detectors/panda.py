@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Fraction, Positive
+from panda_lightning.callbacks import FeatureHealth
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
 from panda_lightning.networks.backbones import Optimize
@@ -60,12 +61,14 @@ class PANDA(DN2):
         start: The adapted parameters before training, by plain timm name.
         fisher: F, likewise; None without EWC.
         compactness_before: Mean compactness of the normal training images before training.
+        first_neighbours: The nearest others of some of them before training, see FeatureHealth.
     """
 
     centre = Derived[Tensor | None](None)
     start = Derived[dict[str, Tensor] | None](None)
     fisher = Derived[dict[str, Tensor] | None](None)
     compactness_before = Derived[float | None](None)
+    first_neighbours = Derived[Tensor | None](None)
 
     def __init__(
         self,
@@ -104,6 +107,10 @@ class PANDA(DN2):
     @override
     def method(self) -> str:
         return "PANDA-EWC" if self.ewc_weight else "PANDA-Early"
+
+    @override
+    def configure_callbacks(self) -> Any:
+        return [*super().configure_callbacks(), FeatureHealth()]
 
     def loss_space(self, features: Tensor) -> Tensor:
         """Features (N, D) as centre and compactness loss see them."""

@@ -21,7 +21,8 @@ from panda_lightning.runtime.whole import new_file
 Row = dict[str, float]
 
 FORMATS = {"epochs_trained": "{:g}", "val": "{:.5f}", "train": "{:.4g}", "seconds": "{:.1f}"}  # by a key's first part
-LOGGED = ("epochs_trained", "val", "train")  # of a row, what loggers have too
+LOGGED = ("epochs_trained", "val", "train", "features")  # of a row, what loggers have too
+KEPT = ("epochs", "val/auroc", "features/")  # of what a validation logs
 HEADINGS = {
     "epochs_trained": "epochs",
     "val/auroc": "AUROC",
@@ -89,7 +90,7 @@ class Report(pl.Callback):
         if not self._fitting:
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
-        row = {name: float(value) for name, value in metrics.items() if name.startswith(("epochs", "val/auroc"))}
+        row = {name: float(value) for name, value in metrics.items() if name.startswith(KEPT)}
         row["step"] = float(trainer.global_step)
         if row["epochs_trained"]:
             row["seconds/train"] = self._train_seconds
@@ -177,8 +178,10 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
     from sklearn.metrics import roc_curve
 
     both = 0 < labels.sum() < len(labels)
-    panels = (3 if len(rows) > 1 else 2) if both else 1  # the scores, the ROC curve, AUROC over epochs
-    figure = Figure(figsize=(5 if panels == 1 else 13 if panels == 3 else 9, 4), layout="constrained")
+    curves = both and len(rows) > 1
+    told = {key for row in rows for key in row if key.startswith("features/")} if len(rows) > 1 else set()
+    panels = 1 + int(both) + int(curves) + int(bool(told))  # scores, ROC curve, AUROC over epochs, features
+    figure = Figure(figsize=(0.5 + 4.2 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     low, high = (
@@ -207,7 +210,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         axes[1].legend(loc="lower right")
         axes[1].plot([0, 1], [0, 1], ":", color="grey")
         axes[1].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    if len(rows) > 1 and both:
+    if curves:
         axes[2].plot(*zip(*((r["epochs_trained"], r["val/auroc"]) for r in rows), strict=True), "o-", markersize=3)
         axes[2].set(
             title=f"AUROC over training{' (0 = untrained)' if not rows[0]['epochs_trained'] else ''}",
@@ -216,5 +219,21 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         )
         axes[2].set_ylim(top=min(axes[2].get_ylim()[1], 1.0005))  # there is nothing above 1
         axes[2].grid(alpha=0.3)
+    if told:
+        _draw_features(axes[-1], rows, sorted(told))
     with new_file(path) as new:
         figure.savefig(new, dpi=110, format="png")
+
+
+def _draw_features(axes: Any, rows: list[Row], keys: list[str]) -> None:
+    """Draw what FeatureHealth logs, each relative to its first value but for shares."""
+    for key in keys:
+        shown = [(row["epochs_trained"], row[key]) for row in rows if key in row]
+        first = shown[0][1] or 1.0
+        scale = 1.0 if key.endswith(("kept", "share")) else first
+        name = key.split("/")[1].replace("_", " ")
+        axes.plot(*zip(*((x, y / scale) for x, y in shown), strict=True), ".-", label=name)
+    axes.set(title="Features of the normal images (before = 1)", xlabel="epochs trained")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)

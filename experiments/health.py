@@ -76,9 +76,7 @@ def judge(out: Path) -> None:
     """The tables."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     first, second = ([r for r in runs if r["data"] in names] for names in (FOUND_ON, TRIED_ON))
-    print(
-        "| number | rank correlation with AUROC over the epochs of a run: median, least to most | with its change, epoch by epoch |"
-    )
+    print("| number | rank correlation with AUROC over a run's epochs: median, least to most | of their changes |")
     print("|---|---|---|")
     for name in NUMBERS:
         levels, changes = [], []

@@ -118,9 +118,8 @@ def judge(out: Path) -> None:
         cells = [f"{r.mean():.4f}, {r.max():.4f}" for r in (plain(first, epoch), plain(second, epoch))]
         print(f"| {label} | {' | '.join(cells)} |")
     best = rules[0]
-    print(
-        "\n| data | variant | AUROC before | best epoch (oracle) | where the rule stops | last |\n|---|---|---|---|---|---|"
-    )
+    print("\n| data | variant | AUROC before | best epoch (oracle) | where the rule stops | last |")
+    print("|---|---|---|---|---|---|")
     for one in runs:
         auroc, values = series(one["rows"], "auroc"), series(one["rows"], best[1])
         stop, peak, epochs = stopped(values, best[2]), int(auroc.argmax()), [row["epoch"] for row in one["rows"]]

@@ -64,3 +64,20 @@ def test_a_run_that_goes_on_compares_with_the_first_neighbours(tmp_path):
     again = PANDA("panda_tiny", lr=0.1, grad_clip=1.0)
     trainer(tmp_path, 2).fit(again, digits(), ckpt_path=tmp_path / "a.ckpt")
     assert torch.equal(again.first_neighbours, detector.first_neighbours)
+
+
+def test_a_collapse_to_few_directions_is_said_and_shrinking_is_not(tmp_path, monkeypatch, recwarn):
+    class Shrinking(PANDA):
+        def make_bank(self):
+            return super().make_bank() * (0.01 if self.steps_trained else 1)
+
+    trainer(tmp_path, 1).fit(Shrinking("panda_tiny"), digits())
+    assert not [w for w in recwarn if "collapsed" in str(w.message)]
+
+    class Collapsing(PANDA):
+        def make_bank(self):
+            bank = super().make_bank()
+            return bank[:, :1] * torch.linspace(0, 1, bank.shape[1]) if self.steps_trained else bank
+
+    with pytest.warns(UserWarning, match=r"have collapsed: their effective rank is 1 after \d+"):
+        trainer(tmp_path, 1).fit(Collapsing("panda_tiny"), digits())

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from panda_lightning.formulas import feature_health
 
 ROWS = 1000  # images that are looked at, evenly spaced
+COLLAPSED = 0.1  # of the effective rank before training; the least in 24 long runs was .66
 NEIGHBOURS = 10
 
 
@@ -21,7 +23,9 @@ class FeatureHealth(pl.Callback):
     - neighbours_kept: the share of each image's 10 nearest that were among its 10 nearest before training.
     - ewc_share: EWC's share of the loss, mean over the epoch.
 
-    What they are worth: experiments/RESULTS.md.
+    A warning says where the effective rank has fallen to a tenth: the features have collapsed to a few directions. No
+    number tells when to stop: the rule that was best on four data sets was worse than none on four others
+    (experiments/RESULTS.md).
     """
 
     @override
@@ -31,11 +35,17 @@ class FeatureHealth(pl.Callback):
         step = -(-len(pl_module.bank) // ROWS)
         distances, rows = pl_module.others(min(NEIGHBOURS, len(pl_module.bank) - 1), step)
         scores = distances[:, : pl_module.k].sum(dim=1).double()
-        if not pl_module.steps_trained:
-            pl_module.first_neighbours = rows.cpu()
         features = pl_module.bank[::step].float()
+        rank = feature_health.effective_rank(features)
+        if not pl_module.steps_trained:
+            pl_module.first_neighbours, pl_module.first_rank = rows.cpu(), rank
+        elif pl_module.first_rank is not None and rank < COLLAPSED * pl_module.first_rank:
+            rank_zero_warn(
+                f"The features of the normal images have collapsed: their effective rank is {rank:.3g} after "
+                f"{pl_module.first_rank:.3g} before training. Train fewer epochs, or raise model.ewc_weight."
+            )
         values = {
-            "effective_rank": feature_health.effective_rank(features),
+            "effective_rank": rank,
             "variance": feature_health.variance(features),
             "nearest": float(scores.mean()),
             "nearest_spread": float(scores.std() / scores.mean().clamp(min=1e-30)),

@@ -62,6 +62,7 @@ class PANDA(DN2):
         fisher: F, likewise; None without EWC.
         compactness_before: Mean compactness of the normal training images before training.
         first_neighbours: The nearest others of some of them before training, see FeatureHealth.
+        first_rank: The effective rank of their features before training, likewise.
     """
 
     centre = Derived[Tensor | None](None)
@@ -69,6 +70,7 @@ class PANDA(DN2):
     fisher = Derived[dict[str, Tensor] | None](None)
     compactness_before = Derived[float | None](None)
     first_neighbours = Derived[Tensor | None](None)
+    first_rank = Derived[float | None](None)
 
     def __init__(
         self,

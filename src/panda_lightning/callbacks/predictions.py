@@ -20,7 +20,7 @@ from panda_lightning.arguments import Checked, OpenShare
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
 from panda_lightning.formulas.conformal import benjamini_hochberg, discoverable
 from panda_lightning.runtime.fingerprint import fingerprint
-from panda_lightning.runtime.results import Calibration, level_of, results
+from panda_lightning.runtime.results import Calibration, flat, level_of, results
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
 
@@ -165,12 +165,12 @@ class Predictions(Checked, pl.Callback):
             widest = max(
                 (row for row in _rows(places, order)), key=lambda row: len(row.get("neighbours", ())), default={}
             )
-            columns = csv.DictWriter(file, list(_flat(_decided(widest, self._level, marked, 0))), restval="")
+            columns = csv.DictWriter(file, list(flat(_decided(widest, self._level, marked, 0))), restval="")
             columns.writeheader()
             for i, row in enumerate(_rows(places, order)):
                 decided = _decided(row, self._level, marked, i)
                 lines.write(json.dumps(decided) + "\n")
-                columns.writerow(_flat(decided))
+                columns.writerow(flat(decided))
                 bad += decided["unreadable"] is not None
                 anomalous += decided["anomalous"] is True
         for part in parts:
@@ -260,15 +260,3 @@ def _decided(
     extra = {"anomalous_fdr": None if p is None else bool(marked[place])}
     before = {key: row.pop(key) for key in list(row)[list(row).index("anomalous") + 1 :]}
     return {**row, **extra, **before}
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for CSV: a column for each neighbour and each distance, empty where there is nothing."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if key == "neighbours":
-            for i, near in enumerate(value, 1):
-                flat |= {f"neighbour_{i}": near["path"], f"distance_{i}": near["distance"]}
-        else:
-            flat[key] = "" if value is None else value
-    return flat

@@ -181,7 +181,7 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
     curves = both and len(rows) > 1
     told = {key for row in rows for key in row if key.startswith("features/")} if len(rows) > 1 else set()
     panels = 1 + int(both) + int(curves) + int(bool(told))  # scores, ROC curve, AUROC over epochs, features
-    figure = Figure(figsize=(0.5 + 4.2 * panels, 4), layout="constrained")
+    figure = Figure(figsize=(1 + 4 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     low, high = (

@@ -1,13 +1,17 @@
 """What scoring gives: numbers of images by name, and the decision that a calibration allows."""
 
+import csv
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from panda_lightning.formulas.conformal import benjamini_hochberg, p_values, require_alpha
+from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
 ALPHA = 0.05  # where none is asked for
@@ -79,7 +83,7 @@ class Results:
     def discoveries(self, level: float) -> npt.NDArray[np.bool_]:
         """Which images (N,) are discoveries by Benjamini and Hochberg: at most ``level`` of them false on average."""
         if self.p_value is None:
-            raise ValueError("there are no p-values: see data.calibration_fraction.")
+            raise PandaError("there are no p-values: train with data.calibration_fraction.")
         return benjamini_hochberg(self.p_value, level)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -95,6 +99,24 @@ class Results:
                 row["neighbours"] = [] if bad else [{"path": n, "distance": d} for n, d in pairs if n]
             row["unreadable"] = self.unreadable[i] or None
             yield row
+
+    def save(self, path: str | Path) -> None:
+        """Write a table: JSON lines where the name ends in .jsonl, CSV where it ends in .csv.
+
+        Raises:
+            PandaError: If it ends otherwise.
+        """
+        kind = Path(path).suffix.lower()
+        if kind not in (".csv", ".jsonl"):
+            raise PandaError(f"{path} is neither .csv nor .jsonl: choose one of these endings.")
+        with new_file(Path(path)) as part, part.open("w", newline="") as file:
+            if kind == ".jsonl":
+                file.writelines(json.dumps(row) + "\n" for row in self.rows())
+                return
+            rows = [flat(row) for row in self.rows()]
+            table = csv.DictWriter(file, max(rows, key=len), restval="")
+            table.writeheader()
+            table.writerows(rows)
 
 
 def joined(parts: Sequence[Results]) -> Results:
@@ -168,3 +190,15 @@ def results(
         alpha=level,
         calibration="none" if calibration is None else calibration.words,
     )
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for CSV: a column for each neighbour and each distance, empty where there is nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if key == "neighbours":
+            for i, near in enumerate(value, 1):
+                flat |= {f"neighbour_{i}": near["path"], f"distance_{i}": near["distance"]}
+        else:
+            flat[key] = "" if value is None else value
+    return flat

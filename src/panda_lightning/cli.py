@@ -248,7 +248,8 @@ def completed(words: list[str]) -> list[str]:
         if _is_checkpoint(name):
             file = at_home(Path(name))
             _require_checkpoint(file)
-            words = [words[0], f"--model={made_with(file)[1]['model']['_class_path']}", *words[1:]]
+            found = made_with(file)[1]["model"].get("_class_path")
+            words = [words[0], f"--model={found}", *words[1:]] if found else words
     return words
 
 

@@ -342,3 +342,41 @@ def test_predict_refuses_in_a_sentence(run, workdir, folder, capsys, words, said
     with pytest.raises(SystemExit) as stopped:
         run("predict", *([] if "ckpt" in words[0] else ["--ckpt_path=last.ckpt"]), *words)
     assert said in f"{stopped.value} {capsys.readouterr().err}"
+
+
+class Runs:
+    """What a hostile checkpoint would do."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+@pytest.mark.parametrize("kind", ["code", "cut", "foreign", "weights", "no bank", "text"])
+def test_predict_refuses_other_checkpoints(run, workdir, folder, kind, capsys):
+    detector = DN2("panda_tiny")
+    learned(detector, images(folder), workdir).save_checkpoint("last.ckpt")
+    whole = torch.load("last.ckpt", weights_only=True)
+    if kind == "code":
+        torch.save({**whole, "callbacks": Runs()}, "last.ckpt")
+    elif kind == "cut":
+        data = (workdir / "last.ckpt").read_bytes()
+        (workdir / "last.ckpt").write_bytes(data[: len(data) // 2])
+    elif kind == "foreign":
+        torch.save({"state_dict": {"a": torch.ones(2)}, "hyper_parameters": {}}, "last.ckpt")
+    elif kind == "weights":
+        torch.save({"state_dict": whole["state_dict"]}, "last.ckpt")
+    elif kind == "no bank":
+        whole["state_dict"]["_extra_state"]["derived"]["bank"] = None
+        torch.save(whole, "last.ckpt")
+    else:
+        (workdir / "last.ckpt").write_text("no checkpoint")
+    with pytest.raises(SystemExit) as stopped:
+        run("predict", "--ckpt_path=last.ckpt", f"--data.images={folder / 'test'}")
+    said = f"{stopped.value} {capsys.readouterr().err}"
+    expected = {
+        "code": "must hold tensors and primitives alone", "cut": "is broken", "foreign": "has no format number",
+        "weights": "required: predict.model", "no bank": "holds no bank of normal images", "text": "is broken",
+    }  # fmt: skip
+    assert expected[kind] in said
+    assert not (workdir / "ran").exists()
+    assert not list(workdir.rglob("predictions.*"))

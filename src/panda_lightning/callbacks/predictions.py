@@ -190,7 +190,10 @@ class Predictions(Checked, pl.Callback):
             return
         yield f"p-values by {calibration.words}."
         if self._level is None:
-            yield f"No decisions: alpha=0.05 needs 19 calibration images; {len(calibration.scores)} allow larger ones."
+            yield (
+                f"No decisions: alpha=0.05 needs 19 calibration images, and there are {len(calibration.scores)}: the "
+                f"least alpha that they allow is {1 / (len(calibration.scores) + 1):.3g}."
+            )
         else:
             yield (
                 f"{anomalous} of {count - bad} images are anomalous at alpha={self._level:g}. Of new normal images, "

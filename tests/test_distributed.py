@@ -83,7 +83,8 @@ def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
         if case != "PANDA, SES":  # its centre is added up in another order
             assert torch.equal(whole["bank"], parts["bank"])
             assert torch.equal(whole["score"], parts["score"])
-        assert whole["rows"][-1] == pytest.approx(parts["rows"][-1], rel=1e-5)
+        common = {key: value for key, value in whole["rows"][-1].items() if not key.startswith("features/")}
+        assert common == pytest.approx(parts["rows"][-1], rel=1e-5)  # of a bank in parts nothing is told of features
 
 
 @pytest.mark.slow

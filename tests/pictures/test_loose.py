@@ -124,3 +124,14 @@ def test_an_opened_image_is_turned_as_its_tag_says(tmp_path):
     found = pointed_at([tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")])
     by_path, by_image = LooseDataset(found, VIEW, threads=False).__getitems__([0, 1])["image"]
     assert (by_path == by_image).all()
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path):
+    try:
+        (tmp_path / "a.png").touch()
+        (tmp_path / "a.png").rename(bytes(tmp_path).decode() + "/caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (name,) = pointed_at(tmp_path).names
+    assert name.endswith(r"caf\xe9.png")
+    name.encode()

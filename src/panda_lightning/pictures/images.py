@@ -53,7 +53,7 @@ class Images:
         """Where they are: their files, or their row numbers in the split."""
         rows = range(len(self)) if self.rows is None else self.rows
         pairs = zip(self.sources, rows, strict=True)
-        return [str(source) if isinstance(source, Path) else str(row) for source, row in pairs]
+        return [readable(source) if isinstance(source, Path) else str(row) for source, row in pairs]
 
     def names(self, root: Path) -> list[str]:
         """What they are called: their files relative to ``root``, or their row numbers in the split."""
@@ -78,7 +78,12 @@ class Images:
 
 def relative(path: Path, root: Path) -> str:
     r"""A file's name below the data set's folder, with forward slashes; bytes that are not UTF-8 as ``\xNN``."""
-    return os.fsencode(Path(os.path.relpath(path, root)).as_posix()).decode("utf-8", "backslashreplace")
+    return readable(Path(os.path.relpath(path, root)).as_posix())
+
+
+def readable(path: str | Path) -> str:
+    r"""A path as text that every file can hold: bytes that are not UTF-8 are ``\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)

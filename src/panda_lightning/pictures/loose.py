@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from panda_lightning.pictures.images import View
+from panda_lightning.pictures.images import View, readable
 from panda_lightning.pictures.layout import images_below
 from panda_lightning.pictures.pixels import ENDINGS, Source
 from panda_lightning.pictures.reading import look
@@ -73,7 +73,7 @@ def pointed_at(images: Any) -> Loose:
     sources = list(_sources(images))
     if not sources:
         raise PandaError("there is nothing to score: the list of images is empty.")
-    return Loose([str(s) if isinstance(s, Path) else str(i) for i, s in enumerate(sources)], sources)
+    return Loose([readable(s) if isinstance(s, Path) else str(i) for i, s in enumerate(sources)], sources)
 
 
 def _sources(images: Any) -> Iterable[Source]:

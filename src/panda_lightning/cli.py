@@ -240,9 +240,10 @@ def completed(words: list[str]) -> list[str]:
     def places(flag: str) -> list[int]:
         return [i for i, word in enumerate(words) if re.match(rf"--{flag}(=|$)", word)]
 
-    images, path = places(r"data\.images"), places("ckpt_path")
-    if words[:1] == ["predict"] and images and not places("data"):
-        words = [*words[: images[0]], f"--data={UnlabelledImages.__name__}", *words[images[0] :]]
+    path = places("ckpt_path")
+    if words[:1] == ["predict"] and places(r"data\.images") and not places("data"):
+        first = next(i for i, word in enumerate(words) if word.startswith("--data."))
+        words = [*words[:first], f"--data={UnlabelledImages.__name__}", *words[first:]]
     if path and not places("model") and not _files_and_flags(words)[0]:
         name = words[path[-1]].partition("=")[2] or "".join(words[path[-1] + 1 : path[-1] + 2])
         if _is_checkpoint(name):

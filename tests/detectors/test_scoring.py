@@ -125,7 +125,71 @@ def test_options_are_checked(tmp_path, folder, options, said):
         detector.score(folder / "test", **options)
 
 
+def test_a_k_that_the_bank_has_not_is_refused(tmp_path, folder):
+    detector = DN2("panda_tiny")
+    learned(detector, images(folder), tmp_path)
+    detector.k = 12
+    with pytest.raises(PandaError, match="k=12 neighbours cannot be found in a bank of 11"):
+        detector.score(folder / "test")
+
+
+def test_predict_computes_as_the_run_did(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    detector, data = PANDA("panda_tiny"), images(folder, calibration_fraction=0.4)
+    half = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    run = type(trainer(tmp_path))(precision="bf16-mixed", max_epochs=1, **half)
+    run.fit(detector, data)
+    run.save_checkpoint("last.ckpt")
+    expected = detector.scores.score
+    again = PANDA.load_from_checkpoint("last.ckpt")
+    for options in ({}, {"precision": "bf16-mixed"}):
+        outputs = type(run)(**half, **options).predict(again, images(folder))
+        np.testing.assert_allclose(torch.cat([output["score"] for output in outputs]), expected, rtol=1e-5)
+        assert next(csv.DictReader((tmp_path / "predictions.csv").open()))["p_value"]
+    whole = PANDA("panda_tiny")
+    type(run)(max_epochs=1, **half).fit(whole, data)
+    with pytest.warns(UserWarning, match="precision or weights are others"):
+        type(run)(**half, precision="bf16-mixed").predict(whole, data)
+    assert not next(csv.DictReader((tmp_path / "predictions.csv").open()))["p_value"]
+
+
+def test_nothing_is_said_of_what_cannot_be_read(tmp_path, folder):
+    detector = DN2("panda_tiny")
+    learned(detector, images(folder), tmp_path)
+    found = detector.score([folder / "test/spot/100.png", "gone.png"], maps=True)
+    assert np.isnan(found.score[1])
+    assert np.isnan(found.distances[1]).all()
+    assert np.isnan(found.maps[1]).all()
+    assert set(found.neighbours[1]) == {""}
+    assert np.isfinite(found.maps[0]).all()
+
+
 # ---- decisions ----
+
+
+@pytest.mark.parametrize("averaging", [None, "EMAWeightAveraging", "WeightAveraging"])
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_calibration_is_of_the_weights_that_are_saved(tmp_path, folder, averaging, validated):
+    from pytorch_lightning import callbacks as c
+
+    more = [] if averaging is None else [getattr(c, averaging)()]
+    run = type(trainer(tmp_path))(
+        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validated else 0, default_root_dir=tmp_path,
+        callbacks=[*more, c.ModelCheckpoint(tmp_path, filename="last")],
+    )  # fmt: skip
+    data = images(folder, calibration_fraction=0.4)
+    run.fit(PANDA("panda_tiny", lr=0.1, grad_clip=1.0), data)
+    again = PANDA.load_from_checkpoint(tmp_path / "last.ckpt")
+    held = again.score([str(p) for p in data.calibration_images.sources])
+    assert held.calibration == "4 normal images held out"
+    close(again.held_out[0].numpy(), held.score)
+
+
+def test_without_validations_and_bank_there_is_no_calibration(tmp_path, folder):
+    run = type(trainer(tmp_path))(accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0)
+    with pytest.raises(PandaError, match="leave trainer.limit_val_batches=0 out"):
+        run.fit(DETECTORS["RotNet"](), images(folder, calibration_fraction=0.4))
 
 
 def test_p_values_are_those_of_the_images_that_were_held_back(tmp_path, folder):
@@ -140,7 +204,7 @@ def test_p_values_are_those_of_the_images_that_were_held_back(tmp_path, folder):
     assert found.calibration == "4 normal images held out"
     assert detector.score(folder / "test").anomalous is None  # .05 is not possible with 4
     detector.k = 5
-    with pytest.warns(UserWarning, match="no p-values: k, normalize, centroids or weights are others"):
+    with pytest.warns(UserWarning, match="no p-values: k, normalize, centroids, precision or weights are others"):
         assert detector.score(folder / "test").p_value is None
 
 
@@ -380,3 +444,78 @@ def test_predict_refuses_other_checkpoints(run, workdir, folder, kind, capsys):
     assert expected[kind] in said
     assert not (workdir / "ran").exists()
     assert not list(workdir.rglob("predictions.*"))
+
+
+def cut_short(run, words, monkeypatch):
+    """Run predict until its table is to be made."""
+    from panda_lightning.callbacks import Predictions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictions, "_finish", lambda self: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises((OSError, SystemExit)):
+            run(*words)
+
+
+def test_what_could_not_be_read_is_tried_again(run, workdir, folder, monkeypatch, caplog):
+    learned(DN2("panda_tiny"), images(folder), workdir).save_checkpoint("last.ckpt")
+    words = ["predict", "--ckpt_path=last.ckpt", f"--data.images={folder / 'test'}"]
+    cut_short(run, [*words, "--data.max_megapixels=0.0005"], monkeypatch)
+    caplog.clear()
+    run(*words)
+    assert "13 images to score" in caplog.text
+    rows = list(csv.DictReader((workdir / "lightning_logs/version_1/predictions.csv").open()))
+    assert not any(row["unreadable"] for row in rows)
+
+
+def test_an_attempt_is_taken_up_by_one_run_alone(workdir, folder):
+    from panda_lightning.callbacks.predictions import _taken
+
+    part = workdir / "predictions.part-1.jsonl"
+    part.write_text('{"identity": "a"}\n')
+    assert _taken(part, "b") is None
+    first = _taken(part, "a")
+    assert first is not None
+    assert _taken(part, "a") is None
+    first.close()
+    again = _taken(part, "a")
+    assert again is not None
+    again.close()
+
+
+def test_sigterm_ends_predict_with_its_status(workdir, folder):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    learned(DN2("panda_tiny"), images(folder), workdir).save_checkpoint("last.ckpt")
+    (workdir / "many.txt").write_text("\n".join([str(folder / "test/spot/100.png")] * 60_000))
+    words = ["predict", "--ckpt_path=last.ckpt", "--data.images=many.txt", "--data.eval_batch_size=20"]
+    words += ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    process = subprocess.Popen([sys.executable, "-m", "panda_lightning", *words], stderr=subprocess.DEVNULL)
+    try:
+        part, deadline = None, time.monotonic() + 120
+        while time.monotonic() < deadline and (part is None or part.stat().st_size < 5000):
+            part = next(iter((workdir / "lightning_logs").glob("version_0/predictions.part-*")), None)
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert part.is_file()
+
+
+def test_flags_of_loose_images_come_in_any_order(run, workdir, folder):
+    learned(DN2("panda_tiny"), images(folder), workdir).save_checkpoint("last.ckpt")
+    run("predict", "--ckpt_path=last.ckpt", "--data.eval_batch_size=4", f"--data.images={folder / 'test'}")
+    assert (workdir / "lightning_logs/version_0/predictions.csv").is_file()
+
+
+def test_maps_of_an_earlier_run_are_not_claimed(run, workdir, folder, caplog):
+    learned(DN2("panda_tiny"), images(folder), workdir).save_checkpoint("last.ckpt")
+    words = ["predict", "--ckpt_path=last.ckpt", f"--data.images={folder / 'test'}", "--trainer.logger=false"]
+    run(*words, "--maps=true")
+    assert ", maps to " in caplog.text
+    caplog.clear()
+    run(*words)
+    assert ", maps to " not in caplog.text

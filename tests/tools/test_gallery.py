@@ -62,7 +62,23 @@ def test_the_highest_scores_are_shown_where_there_are_more(table, workdir):
     assert shown["rows"][0]["neighbours"] == []
 
 
-@pytest.mark.parametrize("text", ["no json", '{"a": 1}\n', "[1]\n", None])
+def test_numbers_that_json_has_not_are_none(table, workdir):
+    table.write_text(json.dumps(row(workdir / "0.png", float("nan"))) + "\n")
+    gallery(table, workdir / "page.html")
+    assert content(workdir / "page.html")[1]["rows"][0]["score"] is None
+
+
+def test_pictures_that_are_elsewhere_are_said(table, workdir):
+    table.write_text(json.dumps(row("elsewhere/0.png", 1.0)) + "\n")
+    with pytest.raises(SystemExit, match="none of the pictures can be read, such as elsewhere/0.png"):
+        main(["gallery", str(table)])
+    with pytest.raises(SystemExit, match="is the table itself"):
+        main(["gallery", str(table), "-o", str(table)])
+    with pytest.raises(SystemExit, match="intensity=foo is not allowed"):
+        main(["gallery", str(table), "--intensity=foo"])
+
+
+@pytest.mark.parametrize("text", ["no json", '{"a": 1}\n', '{"score": 1}\n', "[1]\n", None])
 def test_another_file_is_refused(workdir, text):
     if text is not None:
         (workdir / "t.jsonl").write_text(text)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from panda_lightning.arguments import Checked, OpenShare
@@ -51,7 +52,7 @@ class Predictions(Checked, pl.Callback):
         self.alpha_fdr = alpha_fdr
         self.maps = maps
         self._identity = ""  # of what is scored by what; empty where no attempt can go on
-        self._earlier: list[Path] = []
+        self._earlier: list[BinaryIO] = []  # parts of attempts that were cut short; open, so that they stay locked
         self._sentences: list[str] = []
 
     def left(self, trainer: pl.Trainer, detector: Any, images: Any) -> list[int]:
@@ -66,9 +67,10 @@ class Predictions(Checked, pl.Callback):
         self._identity = fingerprint(detector.scored_by, detector.origin, images.fingerprint(), self.maps)
         if trainer.is_global_zero:
             versions = folder.parent.glob("version_*") if folder.name.startswith("version_") else [folder]
-            found = (part for version in sorted(versions) for part in sorted(version.glob(f"{PART}*")))
-            self._earlier = [part for part in found if _header(part) == self._identity]
-            done = list(_places(self._earlier))
+            found = [_taken(part, self._identity) for v in sorted(versions) for part in sorted(v.glob(f"{PART}*"))]
+            self._earlier = [file for file in found if file is not None]
+            places = _places([Path(file.name) for file in self._earlier])
+            done = [i for i, row in zip(places, _rows(places, list(places)), strict=True) if not row["unreadable"]]
         missing = set(range(len(images))).difference(trainer.strategy.broadcast(done))
         return sorted(missing)
 
@@ -77,7 +79,7 @@ class Predictions(Checked, pl.Callback):
         self._drawn_before, pl_module.maps = pl_module.maps, self.maps
         self._calibration: Calibration | None = None
         self._level: float | None = None
-        self._begun = False
+        self._begun = self._drew = False
         self._folder = _folder(trainer)
         self._attempt = trainer.strategy.broadcast(uuid4().hex[:8])
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,8 @@ class Predictions(Checked, pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if trainer.received_sigterm:  # which Lightning looks for in other loops
+            raise SIGTERMException
         if not self._begun:  # the bank is there by now
             self._begun, self._calibration = True, pl_module.calibration
             self._level = level_of(self._calibration, self.alpha, self.alpha_fdr)
@@ -122,6 +126,7 @@ class Predictions(Checked, pl.Callback):
             ) from error
 
     def _draw(self, detector: Any, name: str, image: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None:
+        self._drew = True
         path = self._folder / "maps" / Path(*(part for part in Path(name).parts if part not in ("/", "..")))
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(f"{path}.npy", values)
@@ -133,8 +138,9 @@ class Predictions(Checked, pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+        for file in (*self._earlier, *([self._file] if hasattr(self, "_file") else [])):
+            file.close()
+        self._earlier = []
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -152,7 +158,7 @@ class Predictions(Checked, pl.Callback):
 
     def _finish(self) -> None:
         """Make the table of the rows of all attempts and processes."""
-        parts = [*self._earlier, *sorted(self._folder.glob(f"{PART}{self._attempt}-*"))]
+        parts = [*(Path(file.name) for file in self._earlier), *sorted(self._folder.glob(f"{PART}{self._attempt}-*"))]
         places = _places(parts)
         order = sorted(places)
         if not order:
@@ -175,7 +181,10 @@ class Predictions(Checked, pl.Callback):
                 anomalous += decided["anomalous"] is True
         for part in parts:
             part.unlink(missing_ok=True)
-        written = f"Scores{' and maps' if (self._folder / 'maps').is_dir() else ''} written to {table}"
+        for earlier in self._earlier:
+            earlier.close()
+        self._earlier = []
+        written = f"Scores written to {table}" + (f", maps to {self._folder / 'maps'}" if self._drew else "")
         self._sentences = [written, *self._said(len(order), bad, anomalous, marked)]
         if bad:
             rank_zero_warn(f"{bad} of {len(order)} images cannot be read; the column unreadable says why.")
@@ -202,11 +211,12 @@ class Predictions(Checked, pl.Callback):
                 "are normal (see alpha_fdr)."
             )
         if marked is not None and self.alpha_fdr is not None:
-            least = discoverable(count - bad, len(calibration.scores), self.alpha_fdr)
+            least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)
             yield (
-                f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is "
-                f"normal, on average. With {len(calibration.scores)} calibration images, fewer than {least} cannot be "
-                "found."
+                f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is normal, "
+                f"on average. With {n} calibration images, "
+                + ("none" if least > count - bad else f"no fewer than {least}")
+                + f" of {count - bad} can be found."
             )
 
 
@@ -214,14 +224,20 @@ def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
 
 
-def _header(part: Path) -> str | None:
-    """What the rows of a part are of; None where another run is writing to it, or it cannot be read."""
+def _taken(part: Path, identity: str) -> BinaryIO | None:
+    """A part, open and locked, if its rows are of this identity and no other run writes to it or has taken it."""
     try:
-        with part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # refused where its run is alive
-            return str(json.loads(file.readline())["identity"])
-    except (OSError, ValueError, KeyError):
+        file = part.open("r+b")
+    except OSError:
         return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if json.loads(file.readline())["identity"] == identity:
+            return file
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    file.close()
+    return None
 
 
 def _places(parts: list[Path]) -> dict[int, tuple[Path, int]]:
@@ -239,7 +255,7 @@ def _places(parts: list[Path]) -> dict[int, tuple[Path, int]]:
 
 def _rows(places: dict[int, tuple[Path, int]], order: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of these images, read one by one."""
-    files = {part: part.open("rb") for part, _ in places.values()}
+    files = {part: part.open("rb") for part in {part for part, _ in places.values()}}
     try:
         for i in order:
             part, start = places[i]

@@ -41,6 +41,8 @@ class RebuildIndex(pl.Callback):
             with _as_saved(trainer, pl_module):
                 if not pl_module.bank_is_fresh:
                     pl_module.rebuild_bank()
+                    pl_module.fit_index()
+                    pl_module.hold_out()
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

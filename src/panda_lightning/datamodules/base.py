@@ -342,10 +342,13 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         Raises:
             PandaError: If it cannot be read, or lists what is not there.
         """
-        wanted = listed_paths(listing)
-        names, paths = self.names(images), images.paths()
-        left = [i for i in range(len(images)) if names[i] not in wanted and paths[i] not in wanted]
-        strange = sorted(wanted - {*names, *paths})
+        wanted = {os.path.abspath(path): path for path in listed_paths(listing)}
+        places = [
+            {os.path.abspath(path), os.path.abspath(name)}
+            for path, name in zip(images.paths(), self.names(images), strict=True)
+        ]
+        left = [i for i, place in enumerate(places) if place.isdisjoint(wanted)]
+        strange = sorted(path for place, path in wanted.items() if place not in set().union(*places))
         if strange:
             raise PandaError(
                 f"leave_out={listing} lists {len(strange)} of {len(wanted)} that are no normal training images, such "

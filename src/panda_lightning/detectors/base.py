@@ -351,14 +351,28 @@ class Detector(Checked, pl.LightningModule, ABC):
     @property
     def scored_by(self) -> list[Any]:
         """What scores depend on besides the image."""
-        return [self._weights(), {name: getattr(self, name) for name in self.SCORING}]
+        return [self._weights(), {name: getattr(self, name) for name in self.SCORING}, self.precision]
 
-    def _hold_out(self) -> None:
+    @property
+    def precision(self) -> str:
+        """In which scores are computed: that of the run, in prediction and without a run that of the origin.
+
+        A Trainer for prediction that asks for nothing else (32-true) computes as the origin did, where that was mixed.
+        """
+        before = self.origin["precision"] if self.origin is not None else "32-true"
+        running = self._trainer is not None and self.trainer.state.status == "running"
+        if running and (self.trainer.state.fn != "predict" or str(self.trainer.precision) != "32-true"):
+            return str(self.trainer.precision)
+        return before if before.endswith("mixed") else "32-true"
+
+    def hold_out(self) -> None:
         """Score the images that were held back, with the weights and the bank of this moment."""
         if not getattr(self.data, "calibration_fraction", 0) or self.trainer.sanity_checking:
             return
         if self._keeps and self.trainer.state.fn != "fit":
             return  # these are not the images that were held back from it
+        if self.held_out is not None and self.held_out[1] == self.scored_by:
+            return
         loader = self.data.calibration_dataloader()
         scores = extract(
             self.trainer, self.anomaly_score, loader, "Calibration", dtype=torch.float64, finish=self.all_scored
@@ -380,8 +394,8 @@ class Detector(Checked, pl.LightningModule, ABC):
             if made_from == self.scored_by:
                 return Calibration(scores.double().numpy(), "held out")
             rank_zero_warn(
-                f"There are no p-values: {', '.join(self.SCORING)} or weights are others than when the calibration "
-                "images were scored."
+                f"There are no p-values: {', '.join((*self.SCORING, 'precision'))} or weights are others than when the "
+                "calibration images were scored."
             )
             return None
         others = None if self.learns else self.leave_one_out()
@@ -442,6 +456,12 @@ class Detector(Checked, pl.LightningModule, ABC):
                 f"{self.method} needs a data module with normal_dataloader(), which gives the normal training images "
                 f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
             )
+        held = stage == "fit" and bool(getattr(data, "calibration_fraction", 0))
+        if held and not self.trainer.limit_val_batches and type(self).make_bank is Detector.make_bank:
+            raise PandaError(
+                f"data.calibration_fraction={data.calibration_fraction:g} holds images back, which {self.method} scores "
+                "in validations: leave trainer.limit_val_batches=0 out."
+            )
         if stage == "fit" and getattr(data, "outliers", None) and not self.OUTLIERS:
             raise PandaError(
                 f"data.outliers={data.outliers} would be ignored, for {self.method} learns from normal images alone: "
@@ -466,7 +486,8 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return {"index": batch["index"], **self.explained(batch)}
+        with scoring.computed_as(self):
+            return {"index": batch["index"], **self.explained(batch)}
 
     @override
     def on_predict_epoch_end(self) -> None:
@@ -483,18 +504,17 @@ class Detector(Checked, pl.LightningModule, ABC):
     @override
     def on_validation_epoch_start(self) -> None:
         self._parts, self._merged = [], None
+        self.hold_out()  # now, with the weights that are saved: averages are taken back before the epoch's end
 
     on_test_epoch_start = on_validation_epoch_start
 
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_auroc("val")
-        self._hold_out()
 
     @override
     def on_test_epoch_end(self) -> None:
         self._log_auroc("test")
-        self._hold_out()
 
     def merged_scores(self) -> Scores:
         """The scores of all processes, once all batches have been scored; every process must call it."""

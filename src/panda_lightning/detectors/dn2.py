@@ -88,7 +88,8 @@ class DN2(PretrainedDetector):
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
         features = self.embed(batch)
-        count = self.k if self.reduced else min(max(self.k + 1, self.LISTED), len(self.index))
+        listed = min(max(self.k + 1, self.LISTED), len(self.index))
+        count = self.k if self.reduced else max(self.k, listed)  # a k that the bank has not is refused by the search
         distances, rows = self._neighbours(features, count)
         found = {"score": distances[:, : self.k].sum(dim=1)}
         if not self.reduced:  # a centroid is no image

@@ -68,15 +68,14 @@ def _evaluating(detector: Any, maps: bool) -> Iterator[None]:
     detector.eval()
     detector.maps = maps
     try:
-        with _precision(detector):
+        with computed_as(detector):
             yield
     finally:
         detector.train(before[0])
         detector.maps = before[1]
 
 
-def _precision(detector: Any) -> AbstractContextManager[Any]:
-    """Autocast where the run had it; weights of half precision alone are computed in float32."""
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    kind = kinds.get(detector.origin["precision"])
+def computed_as(detector: Any) -> AbstractContextManager[Any]:
+    """Autocast where the detector's precision is mixed; weights of half precision are computed in float32."""
+    kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(detector.precision)
     return nullcontext() if kind is None else torch.autocast(detector.device.type, kind)

@@ -24,7 +24,7 @@ def p_values(calibration: Array, scores: Array) -> Array:
     return np.where(np.isnan(scores), np.nan, found)
 
 
-def require_alpha(alpha: float, calibration: int) -> None:
+def require_alpha(alpha: float, calibration: int, name: str = "alpha") -> None:
     """Refuse a level that no score can reach.
 
     Raises:
@@ -33,8 +33,8 @@ def require_alpha(alpha: float, calibration: int) -> None:
     if alpha * (calibration + 1) < 1 - 1e-9:
         needed = math.ceil(1 / alpha - 1e-9) - 1
         raise PandaError(
-            f"alpha={alpha:g} needs {needed} calibration images or more, and there are {calibration}, whose smallest "
-            f"p-value is {1 / (calibration + 1):.3g}: raise alpha, or train with a larger data.calibration_fraction."
+            f"{name}={alpha:g} needs {needed} calibration images or more, and there are {calibration}, whose smallest "
+            f"p-value is {1 / (calibration + 1):.3g}: raise it, or train with a larger data.calibration_fraction."
         )
 
 

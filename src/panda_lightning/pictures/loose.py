@@ -63,9 +63,9 @@ def pointed_at(images: Any) -> Loose:
 
     Args:
         images: A folder (with its subfolders), a file, a pattern with * ? or [ ], a text file (.txt, .lst) with a path
-            a line; an image of Pillow; uint8 arrays (H, W), (H, W, 3) or (N, H, W, 3); uint8 tensors (H, W), (3, H, W)
-            or (N, 3, H, W); or several of these. Paths in a text file are below its folder, or else below the current
-            one. Of several paths, one that is not there is unreadable.
+            a line (one that begins with # is a remark); an image of Pillow; uint8 arrays (H, W), (H, W, 3) or
+            (N, H, W, 3); uint8 tensors (H, W), (3, H, W) or (N, 3, H, W); or several of these. Paths in a text file
+            are below its folder, or else below the current one. Of several paths, one that is not there is unreadable.
 
     Raises:
         PandaError: If there are none, or it is none of these.
@@ -77,6 +77,8 @@ def pointed_at(images: Any) -> Loose:
 
 
 def _sources(images: Any) -> Iterable[Source]:
+    if isinstance(images, str) and not images:
+        raise PandaError("images is empty: name a folder, a file, a pattern or a text file of paths.")
     if isinstance(images, str | os.PathLike):
         return _files(Path(images).expanduser())
     if isinstance(images, Image.Image):
@@ -88,7 +90,7 @@ def _sources(images: Any) -> Iterable[Source]:
     if isinstance(images, Iterable) and not isinstance(images, bytes | dict):
         return [source for one in images for source in (_named(one) or _sources(one))]
     raise PandaError(
-        f"a {type(images).__name__} is no image: give a path, an image of Pillow, {SHAPES}, or a list of these."
+        f"{type(images).__name__} is no kind of image: give a path, an image of Pillow, {SHAPES}, or a list of these."
     )
 
 
@@ -142,12 +144,15 @@ def _files(path: Path) -> Sequence[Path]:
 
 
 def _arrays(images: Any) -> Sequence[Source]:
-    kind, shape, dtype = type(images).__name__, tuple(images.shape), str(images.dtype).removeprefix("torch.")
+    kind = "a tensor" if isinstance(images, Tensor) else "an array"
+    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     if dtype != "uint8":
-        cure = "save it as a 16-bit PNG and give its path, so that the detector's rule for intensity counts"
+        cure = f"give {SHAPES}, or a list of paths"
         if dtype.startswith(("float", "bfloat")):
             cure = "if its values lie in 0 to 1, give (255 * x).round() as uint8"
-        raise PandaError(f"a {kind} of {dtype} is no image, only uint8 is: {cure}.")
+        elif dtype.startswith(("int", "uint")):
+            cure = "save it as a 16-bit PNG and give its path, so that the detector's rule for intensity counts"
+        raise PandaError(f"{kind} of {dtype} is no image, only uint8 is: {cure}.")
     arrays = np.asarray(images.cpu()) if isinstance(images, Tensor) else images
     if isinstance(images, Tensor) and arrays.ndim > 2:  # channels first
         arrays = np.moveaxis(arrays, -3, -1)
@@ -155,7 +160,7 @@ def _arrays(images: Any) -> Sequence[Source]:
         return [arrays] if arrays.ndim == 3 else list(arrays)
     if min(shape, default=0) > 0 and arrays.ndim == 2:
         return [arrays]
-    raise PandaError(f"a {kind} of shape {shape} is no image: give {SHAPES}.")
+    raise PandaError(f"{kind} of shape {shape} is no image: give {SHAPES}.")
 
 
 class LooseDataset(Dataset[Batch]):

@@ -212,7 +212,8 @@ def decoded(images: Images, view: View, in_memory: bool, skip_unreadable: bool, 
     listed = "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
     if not skip_unreadable or len(bad) == count:
         raise PandaError(
-            f"{len(bad)} of {count} images cannot be read: {listed}. Mend or remove them, or set data.on_error=skip."
+            f"{len(bad)} of {count} images cannot be read: {listed}. Mend or remove them"
+            + ("." if skip_unreadable else ", or set data.on_error=skip.")
         )
     rank_zero_warn(f"{len(bad)} of {count} images cannot be read and are left out: {listed}")
     good = np.array([i for i, fact in enumerate(facts) if not fact.unreadable])

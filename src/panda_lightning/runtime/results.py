@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from panda_lightning.arguments import OpenShare, require
 from panda_lightning.formulas.conformal import benjamini_hochberg, p_values, require_alpha
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
@@ -56,7 +57,8 @@ class Results:
         score: (N,), higher is more anomalous; NaN where an image cannot be read.
         p_value: (N,) conformal p-values; None without calibration.
         anomalous: (N,) whether p_value <= alpha; None without calibration.
-        neighbours: Names of the nearest normal images, (N, n); None where the method has no bank of images.
+        neighbours: Names of the nearest normal images, (N, n), "" of an unreadable one; None where the method has no
+            bank of images.
         distances: To them, (N, n), ascending, as the method's score has them.
         maps: (N, H, W) float32; None where there are none.
         unreadable: Why an image cannot be read, or "".
@@ -80,8 +82,9 @@ class Results:
     def __len__(self) -> int:
         return len(self.names)
 
-    def discoveries(self, level: float) -> npt.NDArray[np.bool_]:
+    def discoveries(self, level: OpenShare) -> npt.NDArray[np.bool_]:
         """Which images (N,) are discoveries by Benjamini and Hochberg: at most ``level`` of them false on average."""
+        require("level", level, OpenShare)
         if self.p_value is None:
             raise PandaError("there are no p-values: train with data.calibration_fraction.")
         return benjamini_hochberg(self.p_value, level)
@@ -141,6 +144,8 @@ def level_of(calibration: Calibration | None, alpha: float | None, fdr: float | 
         PandaError: If a level is asked for that the calibration does not allow.
     """
     if calibration is not None:
+        if fdr is not None:
+            require_alpha(fdr, len(calibration.scores), "alpha_fdr")
         return calibration.level(alpha)
     if alpha is not None or fdr is not None:
         asked = f"alpha_fdr={fdr:g}" if alpha is None else f"alpha={alpha:g}"
@@ -170,13 +175,18 @@ def results(
         level: See level_of.
     """
     values = found["score"].double().cpu().numpy().copy()
-    values[[bool(reason) for reason in unreadable]] = np.nan
+    bad = np.array([bool(reason) for reason in unreadable], dtype=np.bool_)
+    values[bad] = np.nan
     p = None if calibration is None else p_values(calibration.scores, values)
     neighbours = distances = None
     if "neighbour" in found:
         rows = found["neighbour"].cpu().numpy()
         neighbours = np.array([[normal_names[i] if normal_names else str(i) for i in row] for row in rows])
-        distances = found["distance"].double().cpu().numpy()
+        distances = found["distance"].double().cpu().numpy().copy()
+        neighbours[bad], distances[bad] = "", np.nan
+    maps = found["map"].float().cpu().numpy().copy() if "map" in found else None
+    if maps is not None:
+        maps[bad] = np.nan
     return Results(
         names=list(names),
         score=values,
@@ -184,7 +194,7 @@ def results(
         anomalous=None if p is None or level is None else p <= level + 1e-12,
         neighbours=neighbours,
         distances=distances,
-        maps=found["map"].float().cpu().numpy() if "map" in found else None,
+        maps=maps,
         unreadable=list(unreadable),
         others={k: v.double().cpu().numpy() for k, v in found.items() if k.endswith("_score")},
         alpha=level,

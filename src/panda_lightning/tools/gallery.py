@@ -14,8 +14,9 @@ from PIL import Image
 from rich import get_console
 from rich.progress import track
 
-from panda_lightning.arguments import Count, Number
+from panda_lightning.arguments import Count, Number, require
 from panda_lightning.cli import OneSentenceParser
+from panda_lightning.datamodules.base import Rule
 from panda_lightning.pictures.pixels import read_rgb
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
@@ -38,6 +39,9 @@ def arguments(parser: OneSentenceParser) -> None:
 def run(config: Namespace) -> int:
     """Write the page and say where."""
     output = config.output or config.table.with_name("gallery.html")
+    require("intensity", config.intensity, Rule)
+    if output.exists() and config.table.exists() and output.samefile(config.table):
+        raise PandaError(f"--output={output} is the table itself: name another file.")
     count = gallery(config.table, output, config.limit, config.size, config.neighbours, config.intensity)
     get_console().print(f"Gallery of {count} images: {output}", soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -64,6 +68,8 @@ def gallery(
     """
     try:
         rows = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+        for row in rows:
+            row |= {"path": str(row["path"]), "unreadable": row["unreadable"], "score": _finite(row["score"])}
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PandaError(f"{table} is no predictions.jsonl of `lightning predict` ({error}).") from error
@@ -74,11 +80,21 @@ def gallery(
     paths = {row["path"] for row in rows if not row["unreadable"]}
     paths |= {near["path"] for row in rows for near in row["neighbours"]} | {row["map"] for row in rows if row["map"]}
     shown = dict(_pictures(sorted(paths), size, intensity))
+    if paths and not shown:
+        raise PandaError(
+            f"none of the pictures can be read, such as {min(paths)}: paths are as `predict` was given them, "
+            "so run this in the same folder."
+        )
     content = json.dumps({"rows": rows, "pictures": shown, "total": total, "name": str(table)})
     page = PAGE.read_text("utf-8").replace("/*CONTENT*/", content.replace("<", "\\u003c"))
     with new_file(output) as part:
         part.write_text(page, "utf-8")
     return len(rows)
+
+
+def _finite(score: float | None) -> float | None:
+    """A score that JSON knows."""
+    return score if score is not None and np.isfinite(score) else None
 
 
 def _map_of(table: Path, path: str) -> str | None:

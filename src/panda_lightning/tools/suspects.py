@@ -10,7 +10,7 @@ import os
 from argparse import SUPPRESS
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ def arguments(parser: OneSentenceParser) -> None:
     parser.add_subclass_arguments(AnomalyDataModule, "data", required=True)
     add("--backbone", type=str | None, default=None, help="As model.backbone, by default that of the configuration.")
     add("--k", type=Count, default=5, help="Neighbours: more than there may be bad images of one kind.")
-    add("--accelerator", type=str, default="cpu", help="Where the network runs: cpu or cuda.")
+    add("--accelerator", type=Literal["cpu", "cuda"], default="cpu", help="Where the network runs: cpu or cuda.")
     add("--share", type=Share, default=0.05, help="Share of the images to list, beside those with remarks or copies.")
     add("-o", "--output", type=Path | None, default=None, help="The table; a .jsonl for the gallery comes beside it.")
     for key in ("seed_everything", "trainer", "model", "ckpt_path"):  # in the same files
@@ -54,6 +54,8 @@ def run(config: Namespace) -> int:
     model: Any = config.model if isinstance(config.model, Mapping | Namespace) else {}
     backbone = config.backbone or (model.get("init_args") or {}).get("backbone") or "panda_tiny"
     output = config.output or Path(f"suspects-{name}.csv")
+    if output.suffix != ".csv":
+        raise PandaError(f"--output={output} is a table: let its name end in .csv.")
     rows = suspects(config.data, backbone, config.k, config.accelerator)
     listed = [row for row in rows if row["p_value"] <= config.share or row["copies"] or row["remarks"]]
     write(listed, output)
@@ -72,9 +74,12 @@ def suspects(data: AnomalyDataModule, backbone: str, k: int, device: str = "cpu"
 
     Returns:
         For each path, score, p_value (the share of images, itself among them, that score as high), neighbours with
-        their distances, copies (paths of training and test images that show nearly the same), and remarks.
+        their distances, copies (earlier training images and test images that show nearly the same), and remarks.
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise PandaError(f"accelerator={device}, but torch finds no GPU here: choose cpu.")
     data.prepare_data()
+    data.calibration_fraction = 0.0  # images that are held back can be odd, too
     detector = DN2(backbone, k=k, normalize=True)
     detector.load_networks()
     detector.to(device).eval()
@@ -119,8 +124,7 @@ def _copies(data: AnomalyDataModule, images: Any, names: list[str]) -> dict[int,
     found: dict[int, list[str]] = {}
     rule = data.view.intensity
     for one, other, _ in near_copies(images, intensity=rule):
-        found.setdefault(one, []).append(names[other])
-        found.setdefault(other, []).append(names[one])
+        found.setdefault(other, []).append(names[one])  # one of each pair may stay
     test = data.test_images
     for one, other, _ in near_copies(images, test, rule) if len(test) else ():
         found.setdefault(one, []).append(f"test: {data.names(test.take(np.array([other])))[0]}")

@@ -213,8 +213,8 @@ class Predictions(Checked, pl.Callback):
         if marked is not None and self.alpha_fdr is not None:
             least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)
             yield (
-                f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is normal, "
-                f"on average. With {n} calibration images, "
+                f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is "
+                f"normal, on average. With {n} calibration images, "
                 + ("none" if least > count - bad else f"no fewer than {least}")
                 + f" of {count - bad} can be found."
             )

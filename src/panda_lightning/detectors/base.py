@@ -459,8 +459,8 @@ class Detector(Checked, pl.LightningModule, ABC):
         held = stage == "fit" and bool(getattr(data, "calibration_fraction", 0))
         if held and not self.trainer.limit_val_batches and type(self).make_bank is Detector.make_bank:
             raise PandaError(
-                f"data.calibration_fraction={data.calibration_fraction:g} holds images back, which {self.method} scores "
-                "in validations: leave trainer.limit_val_batches=0 out."
+                f"data.calibration_fraction={data.calibration_fraction:g} holds images back, which {self.method} "
+                "scores in validations: leave trainer.limit_val_batches=0 out."
             )
         if stage == "fit" and getattr(data, "outliers", None) and not self.OUTLIERS:
             raise PandaError(

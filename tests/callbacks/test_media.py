@@ -1,6 +1,7 @@
 """An offline run, read back with W&B's own reader."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,7 @@ def test_an_offline_run_holds_what_runs_are_compared_by(offline_run):
     assert pictures["images/most_anomalous.captions"][0].startswith("anomalous, score")
     assert "roc_table.path" in pictures
     assert len(list((offline_run.parent / "files/media").rglob("*.png"))) == 16
+    captions = pictures["images/most_anomalous.captions"]
+    assert len(captions) == 8
+    for caption in captions:
+        assert re.fullmatch(r"(anomalous|normal), score [\d.e+]+; nearest: (\d{3}\.png \([\d.e+]+\)(, )?){3}", caption)

@@ -93,6 +93,20 @@ def test_state_is_made_ready_once_and_again_after_a_change(tmp_path, folder, mon
         detector.score(folder / "test")
 
 
+def test_a_checkpoint_from_before_calibrations_scores_and_has_no_p_values(tmp_path, folder):
+    detector = PANDA("panda_tiny")
+    run = learned(detector, images(folder), tmp_path)
+    run.save_checkpoint(tmp_path / "new.ckpt")
+    old = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    for name in ("bank_names", "held_out", "first_neighbours", "first_rank"):
+        old["state_dict"]["_extra_state"]["derived"].pop(name, None)
+    torch.save(old, tmp_path / "old.ckpt")
+    found = PANDA.load_from_checkpoint(tmp_path / "old.ckpt").score(folder / "test")
+    close(found.score, detector.scores.score.numpy())
+    assert found.p_value is None
+    assert found.neighbours[0, 0].isdecimal()  # names are not known, rows are
+
+
 def test_scoring_leaves_the_detector_as_it_was(tmp_path, folder):
     detector = DETECTORS["RotNet"]()
     learned(detector, images(folder), tmp_path)

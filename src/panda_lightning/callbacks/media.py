@@ -1,18 +1,22 @@
 """Pictures for W&B: histogram of scores, ROC curve, most and least anomalous images."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
+
+SHOWN = 3  # nearest normal images of an image
 
 
 class Media(pl.Callback):
     """Logs to W&B what cannot be a number; does nothing without a W&B logger.
 
-    The histogram comes with each validation; curve and images once, when the run ends.
+    The histogram comes with each validation; curve and images, with the nearest normal ones, once, when the run ends.
     """
 
     IMAGES = 8  # of each kind
@@ -65,10 +69,31 @@ class Media(pl.Callback):
                 ("most_anomalous", order[::-1][: self.IMAGES]),
             ):
                 pixels = loader.dataset.pictures(found.index[chosen.copy()]).permute(0, 2, 3, 1).numpy()
-                captions = [f"{'anomalous' if labels[i] else 'normal'}, score {scores[i]:.4g}" for i in chosen]
+                near = _nearest(trainer, pl_module, loader, found.index[chosen.copy()].tolist())
+                captions = [
+                    f"{'anomalous' if labels[i] else 'normal'}, score {scores[i]:.4g}{nearest}"
+                    for i, nearest in zip(chosen, near, strict=True)
+                ]
                 media[f"images/{name}"] = [wandb.Image(p, caption=c) for p, c in zip(pixels, captions, strict=True)]
             run.log(media)
 
 
 def _runs(trainer: pl.Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def _nearest(trainer: pl.Trainer, detector: Any, loader: Any, rows: list[int]) -> list[str]:
+    """The normal images nearest to some images, in words; nothing where they cannot be told by one process."""
+    if getattr(detector, "shard_bank", False) or not rows:
+        return [""] * len(rows)
+    batch = trainer.strategy.batch_to_device(loader.dataset.__getitems__(rows))
+    with torch.inference_mode(), trainer.precision_plugin.forward_context():
+        found = detector.explained(batch)
+    if "neighbour" not in found:
+        return [""] * len(rows)
+    names = [Path(name).name for name in detector.bank_names] or [str(i) for i in range(len(detector.bank))]
+    pairs = zip(found["neighbour"].tolist(), found["distance"].tolist(), strict=True)
+    return [
+        "; nearest: " + ", ".join(f"{names[i]} ({d:.3g})" for i, d in list(zip(near, distances, strict=True))[:SHOWN])
+        for near, distances in pairs
+    ]

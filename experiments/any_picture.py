@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.datamodules.files import redraw, reencode
+from tests.pictures.files import redraw, reencode
 
 from panda_lightning import DN2, ImageFolder, MVTecAD, PandaError, PatchCore
 from panda_lightning.datamodules import AnomalyDataModule
@@ -28,12 +28,13 @@ DRAWINGS = ("white", "one", "hundred", "palette", "red", "transparent", "double"
 
 def tested(detector, data) -> dict[str, float] | str:
     """The metrics of a test, or the sentence that refuses it."""
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                         default_root_dir=tempfile.mkdtemp())  # fmt: skip
-    try:
-        return trainer.test(detector, data, verbose=False)[0]
-    except (PandaError, ValueError) as error:
-        return str(error)[:150]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                             default_root_dir=folder)  # fmt: skip
+        try:
+            return trainer.test(detector, data, verbose=False)[0]
+        except (PandaError, ValueError) as error:
+            return str(error)[:150]
 
 
 def folder(cls, intensity="auto", **options):

@@ -100,10 +100,11 @@ def main(root: Path, network: str, results: Path, splits: int) -> None:
                     continue
                 pl.seed_everything(split, verbose=False)
                 detector, data = make(network), Pool(normal, anomalous, split)
-                trainer = pl.Trainer(accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False,
-                                     enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-                                     default_root_dir=tempfile.mkdtemp())  # fmt: skip
-                trainer.fit(detector, data) if detector.learns else trainer.test(detector, data, verbose=False)
+                with tempfile.TemporaryDirectory() as folder:
+                    trainer = pl.Trainer(accelerator="cpu", max_epochs=EPOCHS, logger=False, num_sanity_val_steps=0,
+                                         enable_progress_bar=False, enable_model_summary=False,
+                                         enable_checkpointing=False, default_root_dir=folder)  # fmt: skip
+                    trainer.fit(detector, data) if detector.learns else trainer.test(detector, data, verbose=False)
                 scores = detector.scores.score.double().numpy()
                 rows = [row(method, p_values(detector.calibration.scores, scores))]
                 if method != "PatchCore":  # the product refuses it to PANDA; here it is the question

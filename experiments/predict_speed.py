@@ -37,11 +37,12 @@ def predicted(ckpt: str, listing: str) -> None:
     """The whole command."""
     from panda_lightning.cli import main
 
-    start = time.perf_counter()
-    main(["predict", "--ckpt_path", ckpt, "--data.images", listing, "--data.num_workers", "2",
-          "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-          "--trainer.default_root_dir", tempfile.mkdtemp()])  # fmt: skip
-    done(start)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        main(["predict", "--ckpt_path", ckpt, "--data.images", listing, "--data.num_workers", "2",
+              "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+              "--trainer.default_root_dir", folder])  # fmt: skip
+        done(start)
 
 
 def done(start: float) -> None:

@@ -52,9 +52,10 @@ class Given(AnomalyDataModule):
 
 def auroc(network, data) -> float:
     """DN2's."""
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                         default_root_dir=tempfile.mkdtemp())  # fmt: skip
-    return trainer.test(DN2(network, normalize=True), data, verbose=False)[0]["test/auroc"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                             default_root_dir=folder)  # fmt: skip
+        return trainer.test(DN2(network, normalize=True), data, verbose=False)[0]["test/auroc"]
 
 
 def cifar(root: Path, name: str, side: int = 64) -> tuple[np.ndarray, np.ndarray]:

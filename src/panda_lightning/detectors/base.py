@@ -309,7 +309,8 @@ class Detector(Checked, pl.LightningModule, ABC):
         if isinstance(checkpoint_path, str | PathLike) and Path(checkpoint_path).is_file():
             require_whole(checkpoint_path)
             require_format(read_tensors(checkpoint_path, mmap=True))
-        loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        kwargs.pop("weights_only", None)
+        loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **kwargs)
         return loaded
 
     @override

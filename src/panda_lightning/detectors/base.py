@@ -309,8 +309,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         if isinstance(checkpoint_path, str | PathLike) and Path(checkpoint_path).is_file():
             require_whole(checkpoint_path)
             require_format(read_tensors(checkpoint_path, mmap=True))
-        kwargs.pop("weights_only", None)
-        loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **kwargs)
+        loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return loaded
 
     @override

@@ -448,9 +448,6 @@ def test_predict_refuses_other_checkpoints(run, workdir, folder, kind, capsys):
         torch.save(whole, "last.ckpt")
     else:
         (workdir / "last.ckpt").write_text("no checkpoint")
-    if kind not in ("weights", "no bank"):  # nor does Python
-        with pytest.raises(PandaError, match=r"tensors and primitives alone|is broken|has no format number"):
-            DN2.load_from_checkpoint("last.ckpt")
     with pytest.raises(SystemExit) as stopped:
         run("predict", "--ckpt_path=last.ckpt", f"--data.images={folder / 'test'}")
     said = f"{stopped.value} {capsys.readouterr().err}"

@@ -3,9 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from inspect import isabstract
-from os import PathLike
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import pytorch_lightning as pl
@@ -21,13 +19,7 @@ from panda_lightning.callbacks.rebuild_index import validate_now
 from panda_lightning.detectors import scoring
 from panda_lightning.formulas import metrics
 from panda_lightning.runtime.agreement import require_same
-from panda_lightning.runtime.checkpoints import (
-    FORMAT,
-    WholeCheckpointIO,
-    read_tensors,
-    require_format,
-    require_whole,
-)
+from panda_lightning.runtime.checkpoints import FORMAT, WholeCheckpointIO, require_format
 from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import extract, gather
 from panda_lightning.runtime.fingerprint import checksum
@@ -298,19 +290,6 @@ class Detector(Checked, pl.LightningModule, ABC):
                 "checkpoint as backbone to use its network."
             )
         self.derived, self._given, self._moved = dict(state["derived"]), True, False
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Make a detector of a checkpoint, see Lightning; nothing in the file is ever run.
-
-        Raises:
-            PandaError: If a file is no whole checkpoint of a detector.
-        """
-        if isinstance(checkpoint_path, str | PathLike) and Path(checkpoint_path).is_file():
-            require_whole(checkpoint_path)
-            require_format(read_tensors(checkpoint_path, mmap=True))
-        loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        return loaded
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -57,7 +56,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def read_tensors(path: str | PathLike[str], device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+def read_tensors(path: str | Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
     """What torch saved in a file, if it is tensors and primitives alone: nothing in the file is ever run.
 
     Raises:
@@ -86,7 +85,7 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
     return Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
 
-def require_whole(path: str | PathLike[str]) -> None:
+def require_whole(path: str | Path) -> None:
     """Refuse a checkpoint that is cut off, changed or none at all.
 
     Raises:

@@ -65,7 +65,9 @@ def test_every_door_gives_the_same_score(tmp_path, folder, monkeypatch, name):
 def test_half_precision_is_that_of_the_run(tmp_path, folder):
     detector = DN2("panda_tiny")
     run = trainer(tmp_path)
-    run = type(run)(accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False)
+    run = type(run)(
+        accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
     run.test(detector, images(folder), verbose=False)
     found = detector.score(folder / "test").score
     np.testing.assert_allclose(found, detector.scores.score, rtol=0.02)
@@ -201,7 +203,9 @@ def test_the_calibration_is_of_the_weights_that_are_saved(tmp_path, folder, aver
 
 
 def test_without_validations_and_bank_there_is_no_calibration(tmp_path, folder):
-    run = type(trainer(tmp_path))(accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0)
+    run = type(trainer(tmp_path))(
+        accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0, default_root_dir=tmp_path
+    )
     with pytest.raises(PandaError, match="leave trainer.limit_val_batches=0 out"):
         run.fit(DETECTORS["RotNet"](), images(folder, calibration_fraction=0.4))
 

@@ -109,6 +109,38 @@ def test_a_checkpoint_from_before_calibrations_scores_and_has_no_p_values(tmp_pa
     assert found.neighbours[0, 0].isdecimal()  # names are not known, rows are
 
 
+def test_objects_score_twice_with_other_data_between(tmp_path, folder):
+    other = make_folder(tmp_path / "other", train=15)
+    for n in range(15):  # another normal class under the same name
+        (other / f"train/spot/{n:03d}.png").write_bytes((other / f"test/stripe/{n % 6:03d}.png").read_bytes())
+    detector, found = DN2("panda_tiny"), []
+    for data in (images(folder), images(other), images(folder)):
+        trainer(tmp_path).test(detector, data, verbose=False)
+        found.append(detector.score(folder / "test"))
+        fresh = DN2("panda_tiny")
+        trainer(tmp_path).test(fresh, data, verbose=False)
+        expected = fresh.score(folder / "test")
+        np.testing.assert_array_equal(found[-1].score, expected.score)
+        np.testing.assert_array_equal(found[-1].p_value, expected.p_value)
+        assert (found[-1].neighbours == expected.neighbours).all()
+    np.testing.assert_array_equal(found[0].score, found[2].score)
+    assert np.abs(found[0].score - found[1].score).max() > 1
+
+
+def test_a_callback_serves_two_predictions(tmp_path, folder, monkeypatch):
+    from panda_lightning.callbacks import Predictions
+
+    monkeypatch.chdir(tmp_path)
+    detector, table = DN2("panda_tiny"), Predictions()
+    learned(detector, images(folder), tmp_path)
+    for data, rows in ((UnlabelledImages(str(folder / "test/spot"), num_workers=0), 7), (images(folder), 13)) * 2:
+        run = trainer(tmp_path)
+        run.callbacks.append(table)
+        run.predict(detector, data)
+        assert len(list(csv.DictReader((tmp_path / "predictions.csv").open()))) == rows
+    assert not list(tmp_path.glob("predictions.part*"))
+
+
 def test_scoring_leaves_the_detector_as_it_was(tmp_path, folder):
     detector = DETECTORS["RotNet"]()
     learned(detector, images(folder), tmp_path)
@@ -457,7 +489,7 @@ def test_predict_refuses_other_checkpoints(run, workdir, folder, kind, capsys):
     said = f"{stopped.value} {capsys.readouterr().err}"
     expected = {
         "code": "must hold tensors and primitives alone", "cut": "is broken", "foreign": "has no format number",
-        "weights": "required: predict.model", "no bank": "holds no bank of normal images", "text": "is broken",
+        "weights": "required: predict.model", "no bank": "has no bank for its weights", "text": "is broken",
     }  # fmt: skip
     assert expected[kind] in said
     assert not (workdir / "ran").exists()

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Checked, OpenShare
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
-from panda_lightning.formulas.conformal import benjamini_hochberg, discoverable
+from panda_lightning.formulas.conformal import benjamini_hochberg, discoverable, flagged
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.results import Calibration, flat, level_of, results
 from panda_lightning.runtime.whole import new_file
@@ -138,9 +138,13 @@ class Predictions(Checked, pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        for file in (*self._earlier, *([self._file] if hasattr(self, "_file") else [])):
+        for file in self._earlier:
             file.close()
         self._earlier = []
+        if hasattr(self, "_file"):
+            self._file.close()
+            if not self._begun:  # it holds no row
+                Path(self._file.name).unlink(missing_ok=True)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -154,7 +158,7 @@ class Predictions(Checked, pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         for sentence in self._sentences:  # now, when the progress bar no longer draws
             rank_zero_info(sentence)
-        self._sentences = []
+        self._sentences, self._identity = [], ""
 
     def _finish(self) -> None:
         """Make the table of the rows of all attempts and processes."""
@@ -168,9 +172,7 @@ class Predictions(Checked, pl.Callback):
         bad = anomalous = 0
         jsonl, table = self._folder / "predictions.jsonl", self._folder / "predictions.csv"
         with new_file(jsonl) as one, one.open("w") as lines, new_file(table) as two, two.open("w", newline="") as file:
-            widest = max(
-                (row for row in _rows(places, order)), key=lambda row: len(row.get("neighbours", ())), default={}
-            )
+            widest = max(_rows(places, order), key=lambda row: len(row.get("neighbours", ())))
             columns = csv.DictWriter(file, list(flat(_decided(widest, self._level, marked, 0))), restval="")
             columns.writeheader()
             for i, row in enumerate(_rows(places, order)):
@@ -188,7 +190,7 @@ class Predictions(Checked, pl.Callback):
         self._sentences = [written, *self._said(len(order), bad, anomalous, marked)]
         if bad:
             rank_zero_warn(f"{bad} of {len(order)} images cannot be read; the column unreadable says why.")
-        if order and bad == len(order):
+        if bad == len(order):
             raise PandaError(f"none of the {bad} images can be read: see {table}.")
 
     def _said(self, count: int, bad: int, anomalous: int, marked: npt.NDArray[np.bool_] | None) -> Iterator[str]:
@@ -212,11 +214,10 @@ class Predictions(Checked, pl.Callback):
             )
         if marked is not None and self.alpha_fdr is not None:
             least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)
+            possible = f"either none or at least {least}" if least <= count - bad else "none: hold more images back"
             yield (
                 f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is "
-                f"normal, on average. With {n} calibration images, "
-                + ("none" if least > count - bad else f"no fewer than {least}")
-                + f" of {count - bad} can be found."
+                f"normal, on average. With {n} calibration images and {count - bad} to decide on there are {possible}."
             )
 
 
@@ -273,7 +274,7 @@ def _decided(
 ) -> dict[str, Any]:
     """A row with the decisions of this attempt: an earlier one may have had another level."""
     p = row["p_value"]
-    row["anomalous"] = None if p is None or level is None else p <= level + 1e-12
+    row["anomalous"] = None if p is None or level is None else flagged(p, level)
     if marked is None:
         return row
     extra = {"anomalous_fdr": None if p is None else bool(marked[place])}

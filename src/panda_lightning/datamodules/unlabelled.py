@@ -22,7 +22,7 @@ class UnlabelledImages(Checked, pl.LightningDataModule):
     """Any images, to be scored by a detector from a checkpoint, which knows how to resize them.
 
     They are read as they are scored, so that their number does not count; what cannot be read gets a row with the
-    reason. A run that was cut short goes on: see Predictions.
+    reason. A run that was cut short goes on: see Predictions. The detector stays what it is, its bank included.
 
     Args:
         images: A folder (with its subfolders), a file, a pattern (``photos/2026-*/*.jpg``), or a text file with a path
@@ -56,34 +56,17 @@ class UnlabelledImages(Checked, pl.LightningDataModule):
         """What images are called."""
         return images.names
 
-    def origin(self, training: bool) -> dict[str, Any]:
-        """What a run on these images depends on, see AnomalyDataModule.origin: nothing but the view is compared."""
-        return {"data": type(self).__name__, "view": self.view.words, "normal training images": None}
-
     @property
     def view(self) -> View:
         """How images are resized: as the detector's were."""
         detector: Any = self.trainer.lightning_module  # type: ignore[union-attr]  # Lightning has set the trainer
         return View.of(detector.origin["view"], self.max_megapixels)
 
-    @property
-    def normal_images(self) -> Any:
-        """There are none.
-
-        Raises:
-            PandaError: Always; a detector asks where it has no bank.
-        """
-        raise PandaError(
-            "the checkpoint holds no bank of normal images, and unlabelled images cannot make one: test it once with "
-            "its data set, and give the checkpoint that the test saves, or one of an epoch's end."
-        )
-
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
         detector: Any = trainer.lightning_module
         detector.require_learned()
-        detector.accept(self)
         table = next(c for c in trainer.callbacks if isinstance(c, Predictions))
         left = table.left(trainer, detector, self._found)
         done = len(self._found) - len(left)

@@ -88,7 +88,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         self._now: dict[str, Any] = {}  # the origin of what that run derives
         self._parts: list[tuple[Tensor, ...]] = []
         self._merged: Scores | None = None
-        self._ready: tuple[list[Any], Calibration | None] | None = None
+        self._ready: tuple[list[Any], Any, Any, Calibration | None] | None = None  # see ready
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:
@@ -98,8 +98,8 @@ class Detector(Checked, pl.LightningModule, ABC):
         """The same as ``score``, with what it is made of, where the method can tell.
 
         Returns:
-            score (B,); map (B, H, W), as large as the images; neighbour (B, n), rows of the normal images that are
-            nearest, the nearest first, -1 where there are fewer, and distance (B, n) to them.
+            score (B,); map (B, H, W), as large as the images; neighbour (B, n), rows of the nearest normal images, and
+            distance (B, n) to them, ascending.
         """
         return {"score": self.anomaly_score(batch)}
 
@@ -227,18 +227,18 @@ class Detector(Checked, pl.LightningModule, ABC):
             PandaError: If there is no bank for these weights.
         """
         tensors = [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
-        state = [tensors, id(self.bank), id(self.held_out), self._arguments(), str(self.device)]
-        if self._ready is None or self._ready[0] != state:
+        state, before = [tensors, self._arguments(), str(self.device)], self._ready
+        alike = before is not None and before[0] == state
+        if before is None or not (alike and before[1] is self.bank and before[2] is self.held_out):
             if type(self).make_bank is not Detector.make_bank:
                 if not self.bank_is_fresh:
                     raise PandaError(
                         f"{self.method} has no bank of normal images for its weights: test it with the data set, or "
                         "load a checkpoint of an epoch's end."
                     )
-                self.fit_index()
-            state[1] = id(self.bank)  # which is on this device now
-            self._ready = (state, self.calibration)
-        return self._ready[1]
+                self.fit_index()  # the bank is on this device now
+            before = self._ready = (state, self.bank, self.held_out, self.calibration)
+        return before[3]
 
     def start_anew(self) -> None:
         """Give the networks the weights that they had before training."""
@@ -336,8 +336,8 @@ class Detector(Checked, pl.LightningModule, ABC):
             PandaError: If the normal images that this detector was derived from are not those of the run.
         """
         what = "normal training images"
-        if self.origin is not None and self._now[what] != self.origin[what]:
-            here = "are missing" if self._now[what] is None else "are others"
+        if self.origin is not None and self._now.get(what) != self.origin[what]:
+            here = "are missing" if self._now.get(what) is None else "are others"
             raise PandaError(
                 f"{self.method} has no bank for its weights (it was saved between two validations), and the {what} "
                 f"that it learned from {here} here: give those, or a checkpoint of an epoch's end."
@@ -436,7 +436,7 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        self._restored = False
+        self._restored, self._now = False, {}
         self._widen()  # a run that an error ended has not come to its teardown
         if stage == "fit":  # a checkpoint, if there is one, comes later
             self._moved |= self.steps_trained > 0

@@ -83,7 +83,7 @@ class DN2(PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        return self._neighbours(self.embed(batch), self.k)[0][:, : self.k].sum(dim=1)
+        return self._neighbours(self.embed(batch), self.k)[0].sum(dim=1)
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
@@ -109,10 +109,10 @@ class DN2(PretrainedDetector):
 
         With ``normalize``, g and f are divided by the length of f.
         """
-        parts = positions(self.backbone, batch["image"])  # (B, D, h, w)
-        length = features.norm(dim=1) if self.normalize else torch.ones_like(features[:, 0])
         if self.shard_bank:
             raise PandaError("maps need the whole bank on each process: leave shard_bank out.")
+        parts = positions(self.backbone, batch["image"])  # (B, D, h, w)
+        length = features.norm(dim=1) if self.normalize else torch.ones_like(features[:, 0])
         near = self.entries()[rows]  # (B, k, D)
         gaps = self.scoring_space(features).unsqueeze(1) - near
         shares = torch.einsum("bd,bdhw->bhw", gaps.sum(dim=1), parts / length.view(-1, 1, 1, 1))

@@ -1,6 +1,7 @@
 """Conformal p-values and decisions, which hold for a finite sample."""
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,11 @@ def p_values(calibration: Array, scores: Array) -> Array:
     below = np.searchsorted(np.sort(calibration), scores, side="left")
     found = (1 + len(calibration) - below) / (len(calibration) + 1)
     return np.where(np.isnan(scores), np.nan, found)
+
+
+def flagged(p: Array | float, alpha: float) -> Any:
+    """Where p-values are at most alpha, up to the rounding of their quotients."""
+    return p <= alpha + 1e-12
 
 
 def require_alpha(alpha: float, calibration: int, name: str = "alpha") -> None:

@@ -1,7 +1,7 @@
 """Images of a data set: where they are, and how they are resized."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -51,15 +51,16 @@ class Images:
 
     def paths(self) -> list[str]:
         """Where they are: their files, or their row numbers in the split."""
-        rows = range(len(self)) if self.rows is None else self.rows
-        pairs = zip(self.sources, rows, strict=True)
-        return [readable(source) if isinstance(source, Path) else str(row) for source, row in pairs]
+        return self._called(readable)
 
     def names(self, root: Path) -> list[str]:
         """What they are called: their files relative to ``root``, or their row numbers in the split."""
+        return self._called(lambda file: relative(file, root))
+
+    def _called(self, by: Callable[[Path], str]) -> list[str]:
         rows = range(len(self)) if self.rows is None else self.rows
         pairs = zip(self.sources, rows, strict=True)
-        return [relative(source, root) if isinstance(source, Path) else str(row) for source, row in pairs]
+        return [by(source) if isinstance(source, Path) else str(row) for source, row in pairs]
 
     def fingerprint(self, root: Path, times: bool = False) -> str:
         """A short name: of arrays by their pixels; of files by name below ``root`` and size, without opening them.

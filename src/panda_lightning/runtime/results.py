@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from panda_lightning.arguments import OpenShare, require
-from panda_lightning.formulas.conformal import benjamini_hochberg, p_values, require_alpha
+from panda_lightning.formulas.conformal import benjamini_hochberg, flagged, p_values, require_alpha
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
@@ -191,7 +191,7 @@ def results(
         names=list(names),
         score=values,
         p_value=p,
-        anomalous=None if p is None or level is None else p <= level + 1e-12,
+        anomalous=None if p is None or level is None else flagged(p, level),
         neighbours=neighbours,
         distances=distances,
         maps=maps,

@@ -199,7 +199,7 @@ class Predictions(Checked, pl.Callback):
         if calibration is None:
             yield "No p-values: train with data.calibration_fraction=0.2 to have them, and decisions."
             return
-        yield f"p-values by {calibration.words}."
+        yield f"The p-values rest on {calibration.words}."
         if self._level is None:
             yield (
                 f"No decisions: alpha=0.05 needs 19 calibration images, and there are {len(calibration.scores)}: the "
@@ -209,8 +209,8 @@ class Predictions(Checked, pl.Callback):
             yield (
                 f"{anomalous} of {count - bad} images are anomalous at alpha={self._level:g}. Of new normal images, "
                 f"{'about' if calibration.kind != 'held out' else 'at most'} {self._level:.1%} are flagged on average, "
-                "if they are like those of the calibration; of others nothing is promised, nor how many of the flagged "
-                "are normal (see alpha_fdr)."
+                "if they are like those of the calibration. Nothing is promised about other images, nor about how many of "
+                "the flagged are normal (for that see alpha_fdr)."
             )
         if marked is not None and self.alpha_fdr is not None:
             least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)

@@ -209,8 +209,8 @@ class Predictions(Checked, pl.Callback):
             yield (
                 f"{anomalous} of {count - bad} images are anomalous at alpha={self._level:g}. Of new normal images, "
                 f"{'about' if calibration.kind != 'held out' else 'at most'} {self._level:.1%} are flagged on average, "
-                "if they are like those of the calibration. Nothing is promised about other images, nor about how many of "
-                "the flagged are normal (for that see alpha_fdr)."
+                "if they are like those of the calibration. Nothing is promised about other images, nor about how many "
+                "of the flagged are normal (for that see alpha_fdr)."
             )
         if marked is not None and self.alpha_fdr is not None:
             least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from panda_lightning import DN2, MSC, PANDA
+from panda_lightning.callbacks import Report
 from tests.detectors.test_base import digits
 from tests.detectors.test_panda import trainer
 
@@ -46,6 +47,12 @@ def test_ewcs_share_is_that_of_the_loss(tmp_path):
     m = {k: float(v) for k, v in runner.callback_metrics.items()}
     assert m["features/ewc_share"] == pytest.approx(m["train/ewc"] / m["train/loss"])
     assert 0 < m["features/ewc_share"] < 1
+    (report,) = (c for c in runner.callbacks if isinstance(c, Report))
+    assert "features/ewc_share" not in report.rows[0]
+    for row in report.rows[1:]:  # of this epoch, not of the one before
+        expected = row["train/ewc"] / (row["train/ewc"] + row["train/compactness"])
+        assert row["features/ewc_share"] == pytest.approx(expected, rel=1e-5)
+    assert report.rows[2]["features/ewc_share"] == pytest.approx(m["features/ewc_share"], rel=1e-5)
 
 
 def test_others_have_none(tmp_path):

@@ -91,6 +91,7 @@ class Report(pl.Callback):
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
         row = {name: float(value) for name, value in metrics.items() if name.startswith(KEPT)}
+        row.pop("features/ewc_share", None)  # the last epoch's: that of this one is known at its end
         row["step"] = float(trainer.global_step)
         if row["epochs_trained"]:
             row["seconds/train"] = self._train_seconds
@@ -106,7 +107,10 @@ class Report(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.rows and self.rows[-1]["epochs_trained"] == pl_module.epochs_trained:
-            self.rows[-1] |= {f"train/{n}": float(trainer.callback_metrics[f"train/{n}"]) for n in pl_module.terms}
+            terms = {f"train/{n}": float(trainer.callback_metrics[f"train/{n}"]) for n in pl_module.terms}
+            self.rows[-1] |= terms
+            if "train/ewc" in terms:
+                self.rows[-1]["features/ewc_share"] = terms["train/ewc"] / max(sum(terms.values()), 1e-30)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

@@ -181,7 +181,7 @@ def test_a_k_that_the_bank_has_not_is_refused(tmp_path, folder):
         detector.score(folder / "test")
 
 
-def test_predict_computes_as_the_run_did(tmp_path, folder, monkeypatch):
+def test_tests_and_predictions_compute_as_the_run_did(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     detector, data = PANDA("panda_tiny"), images(folder, calibration_fraction=0.4)
     half = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
@@ -194,6 +194,8 @@ def test_predict_computes_as_the_run_did(tmp_path, folder, monkeypatch):
         outputs = type(run)(**half, **options).predict(again, images(folder))
         np.testing.assert_allclose(torch.cat([output["score"] for output in outputs]), expected, rtol=1e-5)
         assert next(csv.DictReader((tmp_path / "predictions.csv").open()))["p_value"]
+        type(run)(**half, **options).test(again, images(folder), verbose=False)
+        np.testing.assert_allclose(again.scores.score, expected, rtol=1e-5)
     whole = PANDA("panda_tiny")
     type(run)(max_epochs=1, **half).fit(whole, data)
     with pytest.warns(UserWarning, match="precision or weights are others"):

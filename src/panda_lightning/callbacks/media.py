@@ -88,7 +88,7 @@ def _nearest(trainer: pl.Trainer, detector: Any, loader: Any, rows: list[int]) -
         return [""] * len(rows)
     batch = trainer.strategy.batch_to_device(loader.dataset.__getitems__(rows))
     with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        found = detector.explained(batch)
+        found = detector.predict_step(batch, 0)
     if "neighbour" not in found:
         return [""] * len(rows)
     names = [Path(name).name for name in detector.bank_names] or [str(i) for i in range(len(detector.bank))]

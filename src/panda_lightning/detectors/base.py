@@ -186,6 +186,10 @@ class Detector(Checked, pl.LightningModule, ABC):
         self._now = now
         if keeps and self.origin is not None:
             require_same(self.method, self.origin, now, fitting, self.learns)
+            if self.precision != now["precision"]:
+                rank_zero_info(
+                    f"Computed in {self.precision}, as before: trainer.precision can name another, not 32-true."
+                )
             if not fitting and now["normal training images"] not in (None, self.origin["normal training images"]):
                 rank_zero_info(f"{self.method} keeps what it learned from {self.origin['data']}'s normal images.")
             return
@@ -342,7 +346,8 @@ class Detector(Checked, pl.LightningModule, ABC):
                 f"{self.method} has no bank for its weights (it was saved between two validations), and the {what} "
                 f"that it learned from {here} here: give those, or a checkpoint of an epoch's end."
             )
-        self.bank, self.bank_weights = self.make_bank(), self._weights()
+        with scoring.computed_as(self):
+            self.bank, self.bank_weights = self.make_bank(), self._weights()
         shown: Any = getattr(self.data.normal_dataloader(), "dataset", None)  # a user's own may have no names
         self.bank_names = shown.images.paths() if hasattr(shown, "images") else []
 
@@ -355,14 +360,16 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @property
     def precision(self) -> str:
-        """In which scores are computed: that of the run, in prediction and without a run that of the origin.
+        """In which scores are computed: the run's; of what is kept, and without a run, that of its origin.
 
-        A Trainer for prediction that asks for nothing else (32-true) computes as the origin did, where that was mixed.
+        A Trainer that asks for nothing (32-true) tests and predicts as the origin was computed, where that was mixed.
         """
-        before = self.origin["precision"] if self.origin is not None else "32-true"
         running = self._trainer is not None and self.trainer.state.status == "running"
-        if running and (self.trainer.state.fn != "predict" or str(self.trainer.precision) != "32-true"):
-            return str(self.trainer.precision)
+        asked = str(self.trainer.precision) if running else "32-true"
+        own = running and (self.trainer.state.fn == "fit" or not (self._keeps or self.trainer.state.fn == "predict"))
+        if self.origin is None or own or asked != "32-true":
+            return asked
+        before = str(self.origin["precision"])
         return before if before.endswith("mixed") else "32-true"
 
     def hold_out(self) -> None:
@@ -495,7 +502,8 @@ class Detector(Checked, pl.LightningModule, ABC):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        found = {"index": batch["index"], "score": self.anomaly_score(batch)}
+        with scoring.computed_as(self):
+            found = {"index": batch["index"], "score": self.anomaly_score(batch)}
         self._parts.append((found["index"], found["score"], batch["label"]))
         return found
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 from panda_lightning.arguments import Bounds
 from panda_lightning.callbacks import AnomalyMaps
 from panda_lightning.detectors.pretrained import PretrainedDetector
+from panda_lightning.detectors.scoring import computed_as
 from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.networks.pyramid import level_pieces, pyramid
@@ -94,7 +95,8 @@ class SegmentationDetector(PretrainedDetector):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        found = {"index": batch["index"], **self.mapped(batch)}
+        with computed_as(self):
+            found = {"index": batch["index"], **self.mapped(batch)}
         self._parts.append((found["index"], found["score"], batch["label"]))
         if len(shown := found["map"][batch["index"] >= 0]):
             low, high = (float(value) for value in shown.aminmax())

@@ -187,9 +187,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         if keeps and self.origin is not None:
             require_same(self.method, self.origin, now, fitting, self.learns)
             if self.precision != now["precision"]:
-                rank_zero_info(
-                    f"Computed in {self.precision}, as before: trainer.precision can name another, not 32-true."
-                )
+                rank_zero_info(f"Scores are computed in {self.precision}, as those of the checkpoint's own run.")
             if not fitting and now["normal training images"] not in (None, self.origin["normal training images"]):
                 rank_zero_info(f"{self.method} keeps what it learned from {self.origin['data']}'s normal images.")
             return

@@ -1,5 +1,6 @@
 """PANDA-SES: each image is scored at the time of training that shows it as most anomalous."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from panda_lightning.arguments import Checked
 from panda_lightning.formulas.metrics import auroc
 from panda_lightning.runtime.checkpoints import checkpoint_folder, read_tensors
 from panda_lightning.runtime.features import gather
-from panda_lightning.search.knn import KNNIndex
 from panda_lightning.types import Batch, PandaError, Scores
 
 
@@ -36,7 +36,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
         self.keep_snapshots = keep_snapshots
         self.score: Tensor | None = None  # (N,) of the test images, so far
         self.kept: list[int] = []  # steps trained at each snapshot
-        self._snapshots: list[tuple[dict[str, Tensor], KNNIndex, float]] = []
+        self._snapshots: list[tuple[dict[str, Tensor], Any, float]] = []
         self._parts: list[tuple[Tensor, ...]] = []
 
     @override
@@ -94,35 +94,49 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        folder = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path else None
-        paths = [_snapshot(folder, pl_module.run_id, steps) for steps in self.kept] if folder else []
-        missing = [path for path in paths if not path.is_file()]
-        if not paths or missing:
-            raise PandaError(
-                "SES scores new images by the networks of all kept times, and "
-                + (f"{missing[0]} is missing" if missing else f"there are none {_of(trainer.ckpt_path)}")
-                + ": train with keep_snapshots: true, or leave SampleWiseEarlyStopping out of the callbacks."
-            )
-        self._snapshots = []
-        for path in paths:
-            kept = read_tensors(path, pl_module.device)
-            if kept["how"] != [pl_module.k, pl_module.normalize]:
-                raise PandaError(
-                    f"SES kept its times with k, normalize = {kept['how']}, and now they are "
-                    f"{[pl_module.k, pl_module.normalize]}: give those."
-                )
-            index = KNNIndex(pl_module.index.backend, pl_module.index.memory_mb).fit(kept["entries"])
-            adapted = {f"model.{name}": p for name, p in kept["adapted"].items()}
-            self._snapshots.append((adapted, index, kept["normal_score"]))
+        self.load(pl_module, trainer.ckpt_path)
         self._parts = []
 
     on_predict_start = on_test_start
 
-    def _scores(self, detector: Any, batch: Batch) -> Tensor:
+    def load(self, detector: Any, path: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """Load the networks and banks of all kept times, for ``scores``.
+
+        Args:
+            detector: From the checkpoint.
+            path: Of the checkpoint, beside which they lie; None where there is none.
+            keep: What to keep of weights and banks.
+
+        Raises:
+            PandaError: If they are not there, or were kept with other arguments.
+        """
+        folder = Path(str(path)).parent if path else None
+        paths = [_snapshot(folder, detector.run_id, steps) for steps in self.kept] if folder else []
+        missing = [path for path in paths if not path.is_file()]
+        if not paths or missing:
+            raise PandaError(
+                "SES scores new images by the networks of all kept times, and "
+                + (f"{missing[0]} is missing" if missing else f"there are none {_of(path)}")
+                + ": train with keep_snapshots: true, or leave SampleWiseEarlyStopping out of the callbacks."
+            )
+        self._snapshots = []
+        for one in paths:
+            kept = read_tensors(one, detector.device)
+            if kept["how"] != [detector.k, detector.normalize]:
+                raise PandaError(
+                    f"SES kept its times with k, normalize = {kept['how']}, and now they are "
+                    f"{[detector.k, detector.normalize]}: give those."
+                )
+            adapted = {f"model.{name}": keep(p) for name, p in kept["adapted"].items()}
+            self._snapshots.append((adapted, detector.index.empty().fit(keep(kept["entries"])), kept["normal_score"]))
+
+    def scores(self, detector: Any, batch: Batch) -> Tensor:
+        """SES (B,) of images, by the times that were loaded."""
         hidden = detector.backbone.prefix(batch["image"])
         found = []
         for adapted, index, normal in self._snapshots:
-            features = functional_call(detector.backbone, adapted, (hidden,)).float()
+            weights = {name: p.float() for name, p in adapted.items()}
+            features = functional_call(detector.backbone, weights, (hidden,)).float()
             distances, _ = index.search(detector.scoring_space(features), detector.k)
             found.append(distances.sum(dim=1) / normal)
         return torch.stack(found).amax(dim=0)
@@ -131,7 +145,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._parts.append((batch["index"], self._scores(pl_module, batch), batch["label"]))
+        self._parts.append((batch["index"], self.scores(pl_module, batch), batch["label"]))
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -143,7 +157,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        outputs["ses_score"] = self._scores(pl_module, batch)
+        outputs["ses_score"] = self.scores(pl_module, batch)
 
 
 def _snapshot(folder: Path, run: str, steps: int) -> Path:

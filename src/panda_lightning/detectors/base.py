@@ -94,6 +94,10 @@ class Detector(Checked, pl.LightningModule, ABC):
     def anomaly_score(self, batch: Batch) -> Tensor:
         """Score images: (B,), higher is more anomalous."""
 
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a validation needs and an exported file gives: score (B,), and of some methods map (B, H, W)."""
+        return {"score": self.anomaly_score(batch)}
+
     def explained(self, batch: Batch) -> dict[str, Tensor]:
         """The same as ``score``, with what it is made of, where the method can tell.
 
@@ -501,7 +505,7 @@ class Detector(Checked, pl.LightningModule, ABC):
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         with scoring.computed_as(self):
-            found = {"index": batch["index"], "score": self.anomaly_score(batch)}
+            found = {"index": batch["index"], **self.outputs(batch)}
         self._parts.append((found["index"], found["score"], batch["label"]))
         return found
 

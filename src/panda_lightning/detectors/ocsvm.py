@@ -105,7 +105,9 @@ class OCSVM(PretrainedDetector):
         if self.bank is None:
             raise PandaError(f"{self.method} has no bank of normal images yet: a test makes it.")
         m = self.bank
-        distances = torch.cdist(_projected(self.embed(batch).double(), m), m["support"])
+        z, support = _projected(self.embed(batch).double(), m), m["support"]
+        squared = z.square().sum(dim=1, keepdim=True) - 2 * z @ support.mT + support.square().sum(dim=1)
+        distances = squared.clamp(min=0).sqrt()
         found = {"score": -torch.exp(-m["gamma"] * distances.square()) @ m["alpha"]}
         if "image" in m:
             distance, row = distances.topk(min(self.LISTED, distances.shape[1]), largest=False)

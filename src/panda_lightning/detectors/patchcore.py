@@ -108,7 +108,7 @@ class PatchCore(SegmentationDetector):
         assert self.bank is not None
         distances, nearest = (t.view(patches.shape[:2]) for t in (squared.sqrt(), nearest))
         farthest, place = distances.max(dim=1)
-        image = torch.arange(len(patches), device=place.device)
+        image = torch.arange(patches.shape[0], device=place.device)
         patch, entry = patches[image, place], self.bank[nearest[image, place]]
         _, around = self.index.search(entry, min(self.neighbours, len(self.bank)))
         gaps = torch.linalg.vector_norm(self.bank[around].float() - patch.unsqueeze(1), dim=2)
@@ -118,7 +118,7 @@ class PatchCore(SegmentationDetector):
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
-        found = self.mapped(batch)
+        found = self.outputs(batch)
         patch = found.pop("patch")
         return found if self.bank_images is None else {**found, **self._nearest_images(patch)}
 

@@ -13,6 +13,7 @@ from panda_lightning.arguments import Amount, Count, Fraction, OpenShare
 from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.steps import draws, linear, real_images, seeded
 from panda_lightning.networks import augment
+from panda_lightning.networks.backbones import portions
 from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch
 
@@ -77,12 +78,14 @@ class MultiHeadRotNet(Detector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        images = batch["image"]
-        score = torch.zeros(len(images), device=images.device)
-        for transform in torch.cartesian_prod(*(torch.arange(n, device=images.device) for n in HEADS.values())):
-            for head, true in zip(self.logits(images, transform.expand(len(images), -1)), transform, strict=True):
-                score -= head.softmax(dim=1)[:, true]
-        return score
+        images, shares = batch["image"], []
+        for some in portions(torch.cartesian_prod(*(torch.arange(n) for n in HEADS.values())), 1):
+            many = images.repeat(len(some), 1, 1, 1)
+            transforms = some.to(images.device).unsqueeze(1).expand(-1, images.shape[0], -1).flatten(0, 1)
+            heads = zip(self.logits(many, transforms), transforms.T, strict=True)
+            right = [head.softmax(dim=1).gather(1, true.unsqueeze(1)) for head, true in heads]
+            shares.append(torch.cat(right, dim=1).view(len(some), images.shape[0], -1))
+        return -torch.cat(shares).sum(dim=(0, 2))
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing_extensions import override
 from panda_lightning.arguments import Bounds
 from panda_lightning.callbacks import AnomalyMaps
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.detectors.scoring import computed_as
 from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.networks.pyramid import level_pieces, pyramid
@@ -84,20 +83,18 @@ class SegmentationDetector(PretrainedDetector):
     def anomaly_score(self, batch: Batch) -> Tensor:
         return self.score_and_map(batch)["score"]
 
-    def mapped(self, batch: Batch) -> dict[str, Tensor]:
-        """The same, smoothed: all that a validation needs."""
+    @override
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
         found = self.score_and_map(batch)
         return {**found, "map": self._smoothed(found["map"])}
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
-        return self.mapped(batch)
+        return self.outputs(batch)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        with computed_as(self):
-            found = {"index": batch["index"], **self.mapped(batch)}
-        self._parts.append((found["index"], found["score"], batch["label"]))
+        found = super().validation_step(batch, batch_idx)
         if len(shown := found["map"][batch["index"] >= 0]):
             low, high = (float(value) for value in shown.aminmax())
             least, largest = self.value_range or (low, high)
@@ -114,8 +111,8 @@ class SegmentationDetector(PretrainedDetector):
             return maps
         radius = min(round(4 * self.sigma), maps.shape[1] - 1, maps.shape[2] - 1)
         with full_float32(maps.device):  # in half precision a map would hold some 200 values
-            smooth: Tensor = gaussian_blur(maps, [2 * radius + 1] * 2, [self.sigma] * 2)
-        return smooth
+            smooth: Tensor = gaussian_blur(maps.unsqueeze(1), [2 * radius + 1] * 2, [self.sigma] * 2)
+        return smooth[:, 0]
 
     # ---- features ----------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.backbones import Optimize, portions
 from panda_lightning.networks.pyramid import resized
-from panda_lightning.search.knn import Backend, KNNIndex
+from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch
 
 
@@ -86,20 +86,20 @@ class SPADE(SegmentationDetector):
         k, listed = (min(count, len(self.bank)) for count in (self.k, max(self.k + 1, self.LISTED)))
         squared, nearest = self.index.search(rows[:, : self.backbone.num_features], listed)
         distances, size = squared.sqrt(), batch["image"].shape[-1]
-        maps = [self._map(row, self.bank[i[:k]], size) for row, i in zip(rows, nearest, strict=True)]
+        pairs = zip(portions(rows, 1), portions(nearest[:, :k], 1), strict=True)
+        maps = torch.cat([self._maps(some, self.bank[near], size) for some, near in pairs])
         score = distances[:, :k].mean(dim=1)
-        return {"score": score, "map": torch.stack(maps), "neighbour": nearest, "distance": distances}
+        return {"score": score, "map": maps, "neighbour": nearest, "distance": distances}
 
-    def _map(self, row: Tensor, gallery: Tensor, size: int) -> Tensor:
-        """Mean over levels of each patch's distance to the nearest of the gallery's (k rows of the bank)."""
+    def _maps(self, rows: Tensor, galleries: Tensor, size: int) -> Tensor:
+        """Mean over levels of each patch's distance to the nearest of its image's gallery (B, k, ...) of the bank."""
         start, found = self.backbone.num_features, []
         for channels, height, width in self._shapes:
             end = start + channels * height * width
             queries, patches = (
-                r[..., start:end].reshape(-1, channels, height * width).mT.flatten(0, 1) for r in (row, gallery)
+                r[..., start:end].reshape(*r.shape[:-1], channels, height * width).mT for r in (rows, galleries)
             )
-            index = KNNIndex(self.index.backend, self.index.memory_mb).fit(patches)
-            distances, _ = index.search(queries, 1)
-            found.append(resized(distances.sqrt().view(1, height, width), size)[0])
+            distances = self.index.nearest_in_each(queries, patches.flatten(1, 2)).sqrt()
+            found.append(resized(distances.view(-1, height, width), size))
             start = end
         return torch.stack(found).mean(dim=0)

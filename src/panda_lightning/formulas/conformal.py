@@ -25,7 +25,7 @@ def p_values(calibration: Array, scores: Array) -> Array:
     return np.where(np.isnan(scores), np.nan, found)
 
 
-def flagged(p: Array | float, alpha: float) -> Any:
+def flagged(p: Any, alpha: float) -> Any:
     """Where p-values are at most alpha, up to the rounding of their quotients."""
     return p <= alpha + 1e-12
 

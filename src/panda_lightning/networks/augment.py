@@ -37,7 +37,7 @@ def turn_and_shift(images: Tensor, quarters: Tensor, right: Tensor, down: Tensor
     Returns:
         Images of the same shape and type.
     """
-    turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])[quarters % 4, torch.arange(len(images))]
+    turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])[quarters % 4, torch.arange(images.shape[0])]
     pixel = torch.arange(images.shape[-1], device=images.device)
     return _picked(turned, _reflected(pixel - down[:, None]), _reflected(pixel - right[:, None]))
 
@@ -63,7 +63,7 @@ def _reflected(places: Tensor) -> Tensor:
 
 
 def _picked(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    number = torch.arange(len(images), device=images.device)
+    number = torch.arange(images.shape[0], device=images.device)
     return images.permute(0, 2, 3, 1)[number[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

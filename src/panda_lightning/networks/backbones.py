@@ -1,7 +1,7 @@
 """A pretrained timm network, split into a frozen prefix and an adapted suffix."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -230,11 +230,14 @@ class Backbone(nn.Module):
         """
         if images.dtype != torch.uint8:
             return images.to(self.mean.dtype)
-        # A CPU works faster on activations that stay in its caches (experiments/RESULTS.md).
-        rows = 16 if images.device.type == "cpu" else len(images)
         with torch.no_grad():
-            parts = [self._prefix(part) for part in torch.split(images, rows)]
+            parts = [self._prefix(part) for part in portions(images, self.cached(images))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def cached(images: Tensor) -> int:
+        """Images of a pass whose activations stay in a CPU's caches, where it is faster (experiments/RESULTS.md)."""
+        return 16 if images.device.type == "cpu" else max(1, images.shape[0])
 
     def _prefix(self, images: Tensor) -> Tensor:
         x = self._normalized(images)
@@ -286,6 +289,11 @@ class Backbone(nn.Module):
 
     def _layers(self, names: list[str]) -> list[Layer]:
         return [getattr(self.model, name, None) or self.model.get_submodule(name) for name in names]
+
+
+def portions(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Rows in parts of a size, to be worked on one after the other; a graph that is exported has all in one."""
+    return [rows] if torch.compiler.is_exporting() else torch.split(rows, size)
 
 
 def as_timm(model: nn.Module) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from panda_lightning.networks.backbones import Backbone, as_timm
+from panda_lightning.networks.backbones import Backbone, as_timm, portions
 from panda_lightning.types import PandaError
 
 
@@ -25,8 +25,7 @@ def pyramid(backbone: Backbone, images: Tensor, levels: Sequence[int], pooled: b
         A map (B, C, h, w) a level, in the order given; then, if asked for, the features (B, D).
     """
     wanted = level_pieces(backbone, levels)
-    rows = 16 if images.device.type == "cpu" else len(images)  # see Backbone.prefix
-    parts = [_pyramid(backbone, part, wanted, pooled) for part in torch.split(images, rows)]
+    parts = [_pyramid(backbone, part, wanted, pooled) for part in portions(images, backbone.cached(images))]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -95,4 +94,4 @@ def _as_map(backbone: Backbone, x: Tensor, size: Sequence[int]) -> Tensor:
     model = as_timm(backbone.model)
     grid = [side // patch for side, patch in zip(size, model.patch_embed.patch_size, strict=True)]
     patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
-    return patches.reshape(len(x), -1, *grid)
+    return patches.reshape(*patches.shape[:2], *grid)

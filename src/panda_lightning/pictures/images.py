@@ -96,7 +96,7 @@ class View:
         crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
         resize: See crop.
         interpolation: bilinear or bicubic.
-        before: What a data set does to image and mask first, by its name in ``BEFORE``.
+        before: What a data set does to image and mask first, by its name in ``BEFORE`` below.
         intensity: What becomes of values of more than 8 bits: auto, bits:N or window:LO,HI.
         mask_values: The values of masks that are anomalous; None is all but 0.
         max_megapixels: How large an image may be; None is Pillow's limit.
@@ -163,7 +163,8 @@ class View:
 
     def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
         if self.before is not None:
-            image = BEFORE[self.before](image, how)
+            side, corner, kept = BEFORE[self.before]
+            image = image.resize((side, side), how).crop((corner, corner, corner + kept, corner + kept))
         if self.crop == "squash":
             return image.resize((self.size, self.size), how)
         if max(image.size) > 64 * min(image.size):  # what is cut away anyway would not fit into memory
@@ -175,9 +176,5 @@ class View:
         return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
 
 
-def crop(image: Image.Image, how: Image.Resampling) -> Image.Image:
-    """Resize to 512 x 512 pixels and cut the margins off: 430 x 430, as HyperKvasir does."""
-    return image.resize((512, 512), how).crop((45, 45, 475, 475))
-
-
-BEFORE = {"crop": crop}
+# What data sets do first: resize to a square of so many pixels, then cut a square out of it: its corner, its side.
+BEFORE = {"crop": (512, 45, 430)}  # HyperKvasir's margins

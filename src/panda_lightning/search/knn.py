@@ -42,6 +42,10 @@ class KNNIndex(Checked):
         self.memory_mb = memory_mb
         self._bank: Tensor | None = None
 
+    def empty(self) -> Self:
+        """Another index of this kind, for a bank that each process has all of."""
+        return type(self)(self.backend, self.memory_mb)
+
     def fit(self, bank: Tensor) -> Self:
         """Take the bank, on the device where it lies.
 
@@ -84,6 +88,11 @@ class KNNIndex(Checked):
             raise PandaError("there is no bank of normal images yet: a test makes it, or a validation of fit.")
         self._check(k)
         return self._search(queries, k)
+
+    def nearest_in_each(self, queries: Tensor, banks: Tensor) -> Tensor:
+        """Squared distances (B, P) of queries (B, P, D), each to the nearest row of its own bank of (B, N, D)."""
+        pairs = zip(queries, banks, strict=True)
+        return torch.stack([self.empty().fit(bank).search(some, 1)[0][:, 0] for some, bank in pairs])
 
     def _search(self, queries: Tensor, k: int, times: int = 1) -> tuple[Tensor, Tensor]:
         """The search among ``times`` as many candidates as should be enough, or more where they are not."""

@@ -22,6 +22,10 @@ class ShardedIndex(KNNIndex):
     ROUND = 4096  # rows of each process that are sent at once
 
     @override
+    def empty(self) -> KNNIndex:  # type: ignore[override]
+        return KNNIndex(self.backend, self.memory_mb)
+
+    @override
     def fit(self, bank: Tensor) -> Self:
         sums = torch.cat([bank.sum(dim=0, dtype=torch.float64), bank.new_tensor([len(bank)], dtype=torch.float64)])
         if world_size() > 1:

@@ -1,0 +1,20 @@
+"""Score pictures with a file that `panda export` wrote. Needs onnxruntime, numpy and Pillow alone.
+
+python onnx_score.py detector.onnx photos/*.jpg
+"""
+
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+names = [output.name for output in session.get_outputs()]
+for path in sys.argv[2:]:
+    with Image.open(path) as image:
+        rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    outputs = session.run(None, {"images": rgb.transpose(2, 0, 1)[None]})
+    found = dict(zip(names, outputs, strict=True))
+    said = [f"{name} {found[name][0]:.6g}" for name in names if name != "map"]
+    print(path, *said)

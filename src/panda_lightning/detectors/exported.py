@@ -1,0 +1,189 @@
+"""A detector as one graph, from the pixels of a picture to its score and p-value, and how it is read from its file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from panda_lightning.callbacks import SampleWiseEarlyStopping
+from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.dn2 import DN2
+from panda_lightning.detectors.segmentation import SegmentationDetector
+from panda_lightning.formulas.conformal import flagged
+from panda_lightning.pictures.images import View
+from panda_lightning.pictures.resampling import fitted
+from panda_lightning.runtime.agreement import made_with
+from panda_lightning.runtime.checkpoints import read_tensors, require_whole
+from panda_lightning.runtime.results import level_of
+from panda_lightning.search.traced import TracedIndex
+from panda_lightning.types import PandaError
+
+READING = (
+    "images: uint8 RGB (batch, 3, height, width), turned upright as the EXIF tag says, grey repeated, transparency "
+    "dropped; values of more than 8 bits as intensity says, see panda_lightning/pictures/pixels.py"
+)
+
+
+def from_checkpoint(path: str | Path, **changed: Any) -> Detector:
+    """The detector of a checkpoint of this project, whatever its class, on the CPU and ready to score.
+
+    Args:
+        path: The checkpoint.
+        changed: Arguments that are not the checkpoint's.
+
+    Raises:
+        PandaError: If there is none, it is broken, of an unknown class, or has no bank for its weights.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise PandaError(f"{path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
+    require_whole(path)
+    name = str(made_with(path)[1]["model"].get("_class_path") or "")
+    known = {cls.__name__: cls for cls in _below(Detector)}
+    cls = known.get(name.split(".")[-1])
+    if cls is None:
+        raise PandaError(
+            f"{path} is of {name or 'a class that it does not name'}, which is no detector here: known are "
+            f"{', '.join(sorted(known))}. Import the module of your own class first."
+        )
+    detector: Detector = cls.load_from_checkpoint(path, map_location="cpu", **changed).eval()
+    detector.require_learned()
+    detector.ready()
+    return detector
+
+
+def _below(cls: type[Any]) -> list[type[Any]]:
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *_below(direct)) if not sub.__abstractmethods__]
+
+
+def in_float32(detector: Detector) -> Detector:
+    """The detector, made to score in float32 whatever the precision of its run."""
+    before = (detector.origin or {})["precision"]
+    if before != "32-true":
+        rank_zero_info(f"The checkpoint's run scored in {before}; the file scores in 32-true, without its calibration.")
+        detector.origin = {**(detector.origin or {}), "precision": "32-true"}
+    return detector
+
+
+class Exported(nn.Module):
+    """All that a detector does with pictures of one size, without a choice that depends on values.
+
+    Args:
+        path: The checkpoint.
+        resizes: Whether pictures of any size come in and are resized, or come at their final size.
+        alpha: Level of the decision, see Calibration.level.
+        half: Keep the bank in float16; for weights see Half.
+
+    Attributes:
+        outputs: What ``forward`` returns, by name.
+    """
+
+    def __init__(self, path: str | Path, resizes: bool = True, alpha: float | None = None, half: bool = False) -> None:
+        super().__init__()
+        keep = _half if half else _as_it_is
+        detector = self.detector = in_float32(from_checkpoint(path, **_plain(path)))
+        calibration = detector.calibration  # None where it was made in another precision
+        self.calibration = None if calibration is None else torch.from_numpy(calibration.scores)
+        self.kind = None if calibration is None else calibration.words
+        self.level = level_of(calibration, alpha)
+        self.side: int = detector.origin["view"]["image_size"]  # type: ignore[index]
+        self.view = View.of(detector.origin["view"]) if resizes else None  # type: ignore[index]
+        if isinstance(detector, DN2):
+            detector.index = TracedIndex().fit(keep(detector.entries()))
+        elif isinstance(detector, SegmentationDetector):
+            detector.index, detector.bank = TracedIndex(), keep(detector.bank)  # type: ignore[arg-type]
+            detector.fit_index()
+        self.ses = snapshots(detector, path, keep)
+        self.outputs = ["score"]
+        if self.calibration is not None:
+            self.outputs += ["p_value"] if self.level is None else ["p_value", "anomalous"]
+        self.outputs += ["map"] if isinstance(detector, SegmentationDetector) else []
+        self.outputs += ["ses_score"] if self.ses is not None else []
+        self.requires_grad_(False)
+
+    def facts(self) -> dict[str, Any]:
+        """What a file's users should know: primitives."""
+        detector, origin = self.detector, self.detector.origin or {}
+        words = {**origin["view"], "resized inside": self.view is not None, "pillow": PIL.__version__}
+        bank = getattr(detector, "index", None) or (detector.bank or {}).get("support", ())
+        return {
+            "detector": detector.method,
+            "arguments": {k: v for k, v in detector.hparams.items() if k[0] != "_" and k not in detector.COMPUTING},
+            "network": detector.whole().get("network"),
+            "input": READING,
+            "preprocessing": words,
+            "bank_size": len(bank),
+            "trained_on": {"data": origin["data"], **origin["problem"], "images": origin["normal training images"]},
+            "calibration": self.kind or "none",
+            "alpha": self.level,
+        }
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Score pictures (B, 3, H, W) uint8."""
+        batch: Any = {"image": images if self.view is None else fitted(images, self.view)}
+        found = self.detector.outputs(batch)
+        if self.ses is not None:
+            found["ses_score"] = self.ses.scores(self.detector, batch)
+        if self.calibration is not None:
+            below = (self.calibration >= found["score"].double().unsqueeze(1)).sum(dim=1)
+            found["p_value"] = (1 + below).double() / (len(self.calibration) + 1)
+            if self.level is not None:
+                found["anomalous"] = flagged(found["p_value"], self.level)
+        return tuple(found[name] for name in self.outputs)
+
+
+class Half(nn.Module):
+    """The same, whose weights are kept in float16 and widened before use."""
+
+    def __init__(self, exported: Exported) -> None:
+        super().__init__()
+        self.exported = exported
+        for tensor in exported.parameters():
+            tensor.data = _half(tensor.data)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Score pictures (B, 3, H, W) uint8."""
+        weights = {name: tensor.float() for name, tensor in self.exported.named_parameters()}
+        found: tuple[Tensor, ...] = functional_call(self.exported, weights, (images,))
+        return found
+
+
+def _plain(path: str | Path) -> dict[str, str]:
+    """The argument that computes networks layer by layer, as they are; methods without a backbone have none."""
+    return {"optimize": "plain"} if "optimize" in made_with(path)[1]["model"] else {}
+
+
+def snapshots(
+    detector: Detector, path: str | Path, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> SampleWiseEarlyStopping | None:
+    """SES with the networks and banks of all times that the checkpoint's run kept, if it did."""
+    states = read_tensors(path, mmap=True).get("callbacks", {})
+    state = next((s for name, s in states.items() if name.startswith(SampleWiseEarlyStopping.__name__)), None)
+    if not state or not state["kept"]:
+        return None
+    ses = SampleWiseEarlyStopping(keep_snapshots=True)
+    ses.load_state_dict(state)
+    ses.load(detector, path, keep)
+    return ses
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """Float16 of what is large; scales, shifts and statistics, which are small, stay as they are."""
+    if tensor.ndim < 2 or tensor.dtype != torch.float32:
+        return tensor
+    found = tensor.half()
+    if not bool(found.isfinite().all()):
+        raise PandaError(
+            f"a tensor of shape {tuple(tensor.shape)} has values up to {float(tensor.abs().max()):g}, beyond float16's "
+            "65504: leave --half out."
+        )
+    return found

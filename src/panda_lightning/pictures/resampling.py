@@ -1,0 +1,105 @@
+"""How Pillow resizes pictures of 8 bits, in tensors, bit for bit: for files that must do it without Pillow."""
+
+import PIL
+import torch
+from torch import Tensor
+
+from panda_lightning.pictures.images import BEFORE, View
+
+BITS = 22  # Pillow's weights are whole numbers of 2**-22
+HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # whether it begins with the height of tall pictures
+
+
+def fitted(images: Tensor, view: View) -> Tensor:
+    """What a view makes of upright pictures of one size, (B, 3, H, W) uint8 -> (B, 3, size, size) uint8."""
+    how, size = view.interpolation, view.size
+    if view.before is not None:
+        side, corner, kept = BEFORE[view.before]
+        images = _resized(images, how, (_number(side),) * 2, (_number(corner),) * 2, kept)
+    height, width = (_length(images, dim) for dim in (2, 3))
+    if view.crop == "squash":
+        return _resized(images, how, (_number(size),) * 2, (_number(0),) * 2, size)
+    least = torch.minimum(height, width)
+    thin = torch.maximum(height, width) > 64 * least
+    cut = [torch.where(thin, ((n - 4 * least) / 2).floor().clamp(min=0), 0) for n in (height, width)]
+    sides = [n - 2 * margin for n, margin in zip((height, width), cut, strict=True)]
+    target = [(n * (view.resize / least)).round().clamp(min=view.resize) for n in sides]
+    first = [((n - size) / 2).round() for n in target]
+    return _resized(images, how, (target[0], target[1]), (first[0], first[1]), size, (cut[0], cut[1]))
+
+
+def _resized(
+    images: Tensor,
+    how: str,
+    target: tuple[Tensor, Tensor],
+    first: tuple[Tensor, Tensor],
+    count: int,
+    cut: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Resize pictures to ``target`` (height, width), and keep ``count`` rows and columns from ``first`` on.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        how: bilinear or bicubic.
+        target: Whole numbers, as tensors: what follows from a picture's size is not known when a graph is made.
+        first: Likewise.
+        count: The side of what is kept.
+        cut: Rows above and below, and columns left and right, that are taken away beforehand.
+
+    Returns:
+        (B, 3, count, count) uint8.
+    """
+    cut = cut or (_number(0),) * 2
+    down, across = (
+        _weights(images.shape[dim], _length(images, dim), margin, n, start, count, how)
+        for dim, margin, n, start in zip((2, 3), cut, target, first, strict=True)
+    )
+    x = images.double()
+    found = _weighted(down, _weighted(across, x.mT).mT)
+    if HEIGHT_FIRST:
+        shrunk, narrowed = (
+            _length(images, dim) - 2 * margin - n for dim, margin, n in zip((2, 3), cut, target, strict=True)
+        )
+        other = _weighted(across, _weighted(down, x).mT).mT
+        found = torch.where(shrunk > 2 * narrowed.clamp(min=0), other, found)
+    return found.to(torch.uint8)
+
+
+def _weights(size: int, length: Tensor, cut: Tensor, target: Tensor, first: Tensor, count: int, how: str) -> Tensor:
+    """Pillow's weights of the pixels of one side for ``count`` pixels of what comes out: (count, size), whole numbers.
+
+    They are those of a triangle or of Keys' cubic (a = -.5), as wide as the step from one pixel to the next.
+    """
+    place = torch.arange(size, dtype=torch.float64, device=length.device) - cut
+    length = length - 2 * cut
+    step = length / target
+    width = step.clamp(min=1)
+    reach = width * (1 if how == "bilinear" else 2)
+    centre = ((first + torch.arange(count, dtype=torch.float64, device=length.device) + 0.5) * step).unsqueeze(1)
+    low = (centre - reach + 0.5).trunc().clamp(min=0)
+    high = torch.minimum((centre + reach + 0.5).trunc(), length)
+    x = ((place - centre + 0.5) / width).abs()
+    if how == "bilinear":
+        curve = (1 - x).clamp(min=0)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        curve = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    curve = torch.where((place >= low) & (place < high), curve, 0.0)
+    scaled: Tensor = curve / curve.sum(dim=1, keepdim=True) * 2**BITS
+    return (scaled.abs() + 0.5).floor() * scaled.sign()
+
+
+def _weighted(weights: Tensor, pixels: Tensor) -> Tensor:
+    """Sums along the last side but one, rounded to 8 bits; products of whole numbers are exact in float64."""
+    sums = weights @ pixels
+    return (sums / 2**BITS + 0.5).floor().clamp(0, 255)
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def _length(images: Tensor, dim: int) -> Tensor:
+    """A side as a tensor, which follows the pictures when a graph is run."""
+    places = torch.arange(images.shape[dim], dtype=torch.float64, device=images.device)
+    return places[-1] + 1

@@ -1,0 +1,278 @@
+"""``panda export --ckpt_path X -o detector.onnx``: a detector as one file that other programs run.
+
+The file holds preprocessing, network, bank, search, score and p-value, and map where the method has one. It is opened
+as its users will, compared with the detector on pictures, and not left behind where it does not agree.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+from rich import get_console
+from rich.progress import track
+from torch import Tensor, nn
+
+from panda_lightning.arguments import Bounds, OpenShare
+from panda_lightning.cli import VERSION, OneSentenceParser
+from panda_lightning.detectors.exported import Exported, Half, from_checkpoint, in_float32, snapshots
+from panda_lightning.detectors.segmentation import SegmentationDetector
+from panda_lightning.pictures.images import View
+from panda_lightning.pictures.loose import Loose, pointed_at
+from panda_lightning.pictures.pixels import Source
+from panda_lightning.runtime.whole import new_folder
+from panda_lightning.tools.certificate import (
+    Array,
+    Certificate,
+    compare,
+    compare_maps,
+    generated,
+    in_onnxruntime,
+    in_torch,
+    scored,
+)
+from panda_lightning.types import PandaError
+
+HELP = "Write a detector to one ONNX or torch.export file that is proven to give the same scores."
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
+LARGEST = 2**31 - 2**20  # bytes of an ONNX file in one piece
+STEP = 16  # pictures that are compared at a time
+
+
+def arguments(parser: OneSentenceParser) -> None:
+    """Accept a checkpoint, and what to make of it."""
+    add = parser.add_argument
+    add("--ckpt_path", type=Path, required=True, help="The checkpoint of a detector.")
+    add("-o", "--output", type=Path | None, default=None, help="The file; by default detector.onnx or detector.pt2.")
+    add("--format", type=Literal["onnx", "torch"], default="onnx", help="onnx, or torch: a program of torch.export.")
+    add("--verify", type=Path | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
+    add("--half", type=bool, default=False, help="Keep weights and bank in float16: half the size, other digits.")
+    add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if it is possible.")
+    add("--input", type=Literal["any", "final"], default="any", help="Pictures of any size, or resized by the caller.")
+    add("--opset", type=Annotated[int, Bounds(18)] | None, default=None, help="Of ONNX; by default torch's.")
+
+
+def run(config: Namespace) -> int:
+    """Write the file, prove it and say what it is."""
+    ending = ".onnx" if config.format == "onnx" else ".pt2"
+    output = config.output or Path(f"detector{ending}")
+    if output.suffix != ending:
+        raise PandaError(f"--output={output} is to be a file for {config.format}: let its name end in {ending}.")
+    for path in (output, _beside(output)):
+        if path.exists():
+            raise PandaError(f"{path} exists: choose another --output, or remove it.")
+    if config.format == "onnx":
+        _require_packages()
+        _require_opset(config.opset)
+    pictures = None if config.verify is None else pointed_at(config.verify)
+    proof = export(config.ckpt_path, output, pictures, config.input == "any", config.alpha, config.half, config.opset)
+    get_console().print(f"{output}: {proof.words()}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    pictures: Loose | None = None,
+    resizes: bool = True,
+    alpha: float | None = None,
+    half: bool = False,
+    opset: int | None = None,
+) -> Certificate:
+    """Write a detector to a file, and compare them.
+
+    Args:
+        checkpoint: The detector's.
+        output: The file: ONNX where its name ends in .onnx, else a program of torch.export.
+        pictures: To compare with; None is for generated ones.
+        resizes: Whether the file takes pictures of any size.
+        alpha: Level of the decision.
+        half: Keep weights and bank in float16.
+        opset: Of ONNX.
+
+    Raises:
+        PandaError: If the detector cannot be exported, or the file does not agree with it; then it is not kept.
+    """
+    whole = Exported(checkpoint, resizes, alpha, half).eval()
+    program = _traced(Half(whole).eval() if half else whole, whole)
+    held = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+    outputs = ", ".join(whole.outputs)
+    get_console().print(
+        f"{output}: {whole.detector.method} as {size / 2**20:.1f} MiB, which gives {outputs}.",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+    source = "generated" if pictures is None else f"{len(pictures)} given"
+    proof = Certificate(source, tolerance=HALF_TOLERANCE if half else TOLERANCE)
+    with new_folder(output.parent) as folder:
+        part = folder / output.name
+        write(program, whole, part, size, opset)
+        try:
+            _certify(proof, part, whole, checkpoint, pictures)
+        except PandaError as error:
+            raise PandaError(f"{output} is not kept, for it does not give the detector's scores: {error}.") from error
+        _append(part, proof)
+        for path in (_beside(part), part):
+            if path.exists():
+                path.replace(output.parent / path.name)
+    return proof
+
+
+def write(program: Any, whole: Exported, path: Path, size: int, opset: int | None) -> None:
+    """Write a traced program with what is to be known of it."""
+    facts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in whole.facts().items()}
+    facts = {"panda_lightning": VERSION.split()[0], **facts}
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={"facts.json": json.dumps(facts)})
+        return
+    with _quiet():
+        made: Any = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=whole.outputs, opset_version=opset, verbose=False
+        )
+    for graph in (made.model.graph, *(function.graph for function in made.model.functions.values())):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with paths of this machine
+    made.model.metadata_props.update(facts)
+    made.save(path, external_data=size > LARGEST)
+
+
+def _traced(module: nn.Module, whole: Exported) -> Any:
+    """The program of a module for any number of pictures, and where it resizes them, of any size."""
+    dim, side = torch.export.Dim, 64 if whole.view is not None else whole.side
+    shapes: dict[int, Any] = {0: dim("batch", min=1, max=2**16)}
+    if whole.view is not None:
+        shapes |= {2: dim("height", min=1, max=2**16), 3: dim("width", min=1, max=2**16)}
+    example = torch.zeros(2, 3, side, side + (32 if whole.view is not None else 0), dtype=torch.uint8)
+    with torch.no_grad(), _quiet():
+        return torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
+
+
+def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, pictures: Loose | None) -> None:
+    """Score pictures by file and by detector, a few at a time, and compare."""
+    run, proof.runtime = in_torch(path, whole.outputs) if path.suffix == ".pt2" else in_onnxruntime(path)
+    reference = Reference(checkpoint, whole)
+    sources = generated() if pictures is None else pictures.sources
+    parts: list[tuple[dict[str, Array], dict[str, Array]]] = []
+    maps: list[Array] = []
+    for start in track(range(0, len(sources), STEP), "Comparing", transient=True):
+        shown = [reference.opened(source) for source in sources[start : start + STEP]]
+        seen = [picture for picture in shown if picture is not None]
+        if seen:
+            one, other = reference.scores(seen), scored(run, seen if whole.view else reference.fitted(seen))
+            if "map" in one:
+                gaps = np.abs(one["map"] - other["map"]).max(axis=(1, 2))
+                maps.append(np.stack([one.pop("map").max(axis=(1, 2)), gaps]))
+                other.pop("map")
+            parts.append((one, other))
+    if not parts:
+        raise PandaError("none of the pictures to compare with can be read")
+    one, other = ({k: np.concatenate([part[i][k] for part in parts]) for k in parts[0][i]} for i in (0, 1))
+    calibration = None if whole.calibration is None else whole.calibration.numpy()
+    compare(proof, one, other, calibration, whole.level)
+    if maps:
+        compare_maps(proof, *np.concatenate(maps, axis=1))
+
+
+class Reference:
+    """The detector itself, as its users have it, in float32."""
+
+    def __init__(self, checkpoint: Path, whole: Exported) -> None:
+        self.detector = in_float32(from_checkpoint(checkpoint))
+        self.ses = None if whole.ses is None else snapshots(self.detector, checkpoint)
+        self.view = View.of(self.detector.origin["view"])  # type: ignore[index]  # from_checkpoint has required it
+
+    def opened(self, source: Source) -> Array | None:
+        """A picture (H, W, 3), None where it cannot be read."""
+        try:
+            return np.asarray(self.view.open(source).rgb(self.view.intensity))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+
+    def fitted(self, pictures: list[Array]) -> list[Array]:
+        """Pictures at their final size."""
+        return [self.view(picture).transpose(1, 2, 0) for picture in pictures]
+
+    @torch.inference_mode()
+    def scores(self, pictures: list[Array]) -> dict[str, Array]:
+        """Its scores (N,), and maps."""
+        found = self.detector.score(pictures)
+        scores: dict[str, Array] = {"score": found.score}
+        if isinstance(self.detector, SegmentationDetector) and found.maps is not None:
+            scores["map"] = found.maps
+        if self.ses is not None:
+            batch: Any = {"image": torch.from_numpy(np.stack([self.view(picture) for picture in pictures]))}
+            scores["ses_score"] = self.ses.scores(self.detector, batch).double().numpy()
+        return scores
+
+
+def _append(path: Path, proof: Certificate) -> None:
+    """Add a certificate to a file whose other bytes stay as they were when it was compared."""
+    text = json.dumps(asdict(proof))
+    if path.suffix == ".pt2":
+        with ZipFile(path, "a") as file:
+            facts = next(name for name in file.namelist() if name.endswith("facts.json"))
+            file.writestr(facts.replace("facts.json", "certificate.json"), text)
+        return
+    import onnx
+
+    entry = onnx.StringStringEntryProto(key="certificate", value=text)
+    with path.open("ab") as file:  # messages of protobuf that follow one another are one
+        file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def _beside(path: Path) -> Path:
+    """Where an ONNX file of more than 2 GB keeps its weights."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise PandaError(
+            f"ONNX files are written and proven with {', '.join(missing)}, not installed here: "
+            "`pip install 'panda-lightning[export]'`, or choose --format torch."
+        )
+
+
+def _require_opset(opset: int | None) -> None:
+    """Try a file that does nothing: onnxruntime does not say what it knows."""
+    if opset is None:
+        return
+    import onnxruntime
+    from onnx import helper
+
+    value = [helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has errors of its own
+        raise PandaError(
+            f"--opset={opset} is beyond what onnxruntime {onnxruntime.__version__} runs: choose a smaller one."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the exporter says of itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

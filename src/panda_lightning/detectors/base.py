@@ -51,6 +51,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         bank: What scores are looked up in; None where the method has none, and before it is made.
         bank_weights: Checksum of the weights it was made with.
         bank_names: What the normal images behind it are called.
+        bank_changes: Names that were added to it since, and names that were taken out of it.
         held_out: Scores of the normal images that were held back (``calibration_fraction``), and what they are of.
         steps_trained: Optimiser steps behind the weights in use.
         terms: Names of the loss terms of the last training step.
@@ -65,6 +66,7 @@ class Detector(Checked, pl.LightningModule, ABC):
     bank = Derived[Any](None)
     bank_weights = Derived[str]("")
     bank_names = Derived[list[str]]([])
+    bank_changes = Derived[tuple[list[str], list[str]]](([], []))
     held_out = Derived[tuple[Tensor, list[Any]] | None](None)
     steps_trained = Derived[int](0)
     _steps_per_epoch = Derived[int](1)
@@ -382,11 +384,40 @@ class Detector(Checked, pl.LightningModule, ABC):
             return  # these are not the images that were held back from it
         if self.held_out is not None and self.held_out[1] == self.scored_by:
             return
-        loader = self.data.calibration_dataloader()
-        scores = extract(
-            self.trainer, self.anomaly_score, loader, "Calibration", dtype=torch.float64, finish=self.all_scored
-        )
+        scores = self.scores_of(self.data.calibration_dataloader(), "Calibration")
         self.held_out = (scores.cpu(), self.scored_by)
+
+    def scores_of(self, loader: Any, title: str) -> Tensor:
+        """Scores (N,) of all images of a loader, float64; every process must call it."""
+        return extract(self.trainer, self.anomaly_score, loader, title, dtype=torch.float64, finish=self.all_scored)
+
+    def join_bank(self, rows: Tensor) -> None:
+        """Add to the bank what ``embed`` makes of normal images (N, ...); see detectors/banks.py.
+
+        Raises:
+            PandaError: If the method cannot.
+        """
+        self._require_rows()
+        self.bank = torch.cat([self.bank, rows.to(self.bank)])
+
+    def leave_bank(self, kept: Tensor) -> None:
+        """Leave those of the bank's images (N,) that are False out of it.
+
+        Raises:
+            PandaError: If the method cannot, or what is left does not do.
+        """
+        self._require_rows()
+        if not kept.any():
+            raise PandaError(f"none of the {len(kept)} normal images would be left: keep some.")
+        self.bank = self.bank[kept]
+
+    def _require_rows(self) -> None:
+        if not isinstance(self.bank, Tensor):
+            raise PandaError(f"{self.method} has no bank that could change: train it anew with the images that count.")
+
+    def recalibrate(self) -> None:
+        """Score the images that were held back anew, after the bank has changed; or forget their scores."""
+        self.held_out = None
 
     def leave_one_out(self) -> Tensor | None:
         """Scores of the bank's own images (N,), each without itself; None where they cannot be told."""

@@ -46,12 +46,14 @@ class DN2(PretrainedDetector):
         bank: Features of the normal training images, a row each, as the network gives them.
         bank_is_whole: False where it holds this process's images alone: rank, rank + world, ...
         reduction: The centroids, and what they were made from.
+        held_features: Those of the images that were held back, so that their scores can follow the bank.
     """
 
     SCORING = ("k", "normalize", "centroids")
     bank = Derived[Any](None)
     bank_is_whole = Derived[bool](True)
     reduction = Derived[tuple[list[Any], Tensor] | None](None)
+    held_features = Derived[Tensor | None](None)
 
     def __init__(
         self,
@@ -165,6 +167,35 @@ class DN2(PretrainedDetector):
             features = self.scoring_space(self.bank.to(self.device))
             return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
         return float(self.index.mean(self.without_itself()))
+
+    @override
+    def scores_of(self, loader: Any, title: str) -> Tensor:
+        self.held_features = extract(self.trainer, self.embed, loader, title).cpu()
+        return self._held_scores(self.held_features)
+
+    def _held_scores(self, features: Tensor) -> Tensor:
+        scores = self._neighbours(features.to(self.device), self.k)[0].sum(dim=1).double()
+        self.all_scored()
+        return scores
+
+    @override
+    def join_bank(self, rows: Tensor) -> None:
+        super().join_bank(rows)
+        self.reduction = None
+
+    @override
+    def leave_bank(self, kept: Tensor) -> None:
+        if (left := int(kept.sum())) < self.k:
+            raise PandaError(f"{left} of {len(kept)} normal images would be left, fewer than k={self.k}: keep more.")
+        super().leave_bank(kept)
+        self.reduction = None
+
+    @override
+    def recalibrate(self) -> None:
+        features, known = self.held_features, self.held_out is not None and self.held_out[1] == self.scored_by
+        super().recalibrate()
+        if known and features is not None:
+            self.held_out = (self._held_scores(features).cpu(), self.scored_by)
 
     @override
     def leave_one_out(self) -> Tensor | None:

@@ -14,7 +14,7 @@ from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.coreset import greedy_coreset
 from panda_lightning.search.knn import Backend
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 
 class PatchCore(SegmentationDetector):
@@ -94,6 +94,28 @@ class PatchCore(SegmentationDetector):
             patches, images = patches[rows.to(patches.device)], images[rows]
         self.bank_images = images
         return patches
+
+    @override
+    def join_bank(self, rows: Tensor) -> None:
+        assert self.bank_images is not None
+        first = len(self.bank_names)
+        super().join_bank(rows.flatten(0, 1))
+        images = torch.arange(first, first + len(rows)).repeat_interleave(rows.shape[1])
+        self.bank_images = torch.cat([self.bank_images, images])
+
+    @override
+    def leave_bank(self, kept: Tensor) -> None:
+        assert self.bank_images is not None
+        patches = torch.bincount(self.bank_images, minlength=len(kept))
+        side = (self.origin or {})["view"]["image_size"]
+        whole = self.embed({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8)}).shape[1]  # type: ignore[typeddict-item]
+        if bool((patches[~kept] < whole).any()):
+            raise PandaError(
+                f"PatchCore's coreset={self.coreset:g} was chosen among the patches of all its images, and what others "
+                "had in place of one that goes is not kept: take out images that were added, or build it anew."
+            )
+        super().leave_bank(kept[self.bank_images])
+        self.bank_images = (kept.cumsum(0) - 1)[self.bank_images[kept[self.bank_images]]]
 
     @override
     def fit_index(self) -> int:

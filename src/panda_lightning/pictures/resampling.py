@@ -6,7 +6,7 @@ from torch import Tensor
 
 from panda_lightning.pictures.images import BEFORE, View
 
-BITS = 22  # Pillow's weights are whole numbers of 2**-22
+ONE = float(1 << 22)  # what Pillow's weights, whole numbers, add up to
 HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # whether it begins with the height of tall pictures
 
 
@@ -85,14 +85,14 @@ def _weights(size: int, length: Tensor, cut: Tensor, target: Tensor, first: Tens
         near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
         curve = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     curve = torch.where((place >= low) & (place < high), curve, 0.0)
-    scaled: Tensor = curve / curve.sum(dim=1, keepdim=True) * 2**BITS
+    scaled: Tensor = curve / curve.sum(dim=1, keepdim=True) * ONE
     return (scaled.abs() + 0.5).floor() * scaled.sign()
 
 
 def _weighted(weights: Tensor, pixels: Tensor) -> Tensor:
     """Sums along the last side but one, rounded to 8 bits; products of whole numbers are exact in float64."""
     sums = weights @ pixels
-    return (sums / 2**BITS + 0.5).floor().clamp(0, 255)
+    return (sums / ONE + 0.5).floor().clamp(0, 255)
 
 
 def _number(value: int) -> Tensor:

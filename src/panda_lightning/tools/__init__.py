@@ -8,10 +8,17 @@ from pathlib import Path
 
 from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, silence
 from panda_lightning.runtime.whole import require_folder
-from panda_lightning.tools import check_data, export, fisher, gallery, suspects
+from panda_lightning.tools import bank, check_data, export, fisher, gallery, suspects
 from panda_lightning.types import PandaError
 
-TOOLS = {"check-data": check_data, "export": export, "fisher": fisher, "gallery": gallery, "suspects": suspects}
+TOOLS = {
+    "bank": bank,
+    "check-data": check_data,
+    "export": export,
+    "fisher": fisher,
+    "gallery": gallery,
+    "suspects": suspects,
+}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,0 +1,113 @@
+"""A bank that grows and shrinks without the images that it was made of."""
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.scoring import computed_as
+from panda_lightning.pictures.images import View
+from panda_lightning.pictures.loose import LooseDataset, pointed_at
+from panda_lightning.types import PandaError
+
+
+def names(detector: Detector) -> list[str]:
+    """What the bank's images are called; numbers where that is not known.
+
+    Raises:
+        PandaError: If there is no bank of images.
+    """
+    detector.require_learned()
+    detector.ready()
+    if not isinstance(detector.bank, torch.Tensor):
+        raise PandaError(f"{detector.method} has no bank of images.")
+    return detector.bank_names or [str(row) for row in range(len(detector.bank))]
+
+
+@torch.no_grad()
+def add(detector: Detector, images: Any, batch_size: int = 32) -> list[str]:
+    """Add normal images to the bank, behind those that are there; nothing is trained.
+
+    The rows are those of a bank that was built from all images, to the rounding of the network's precision. Scores of
+    images that were held back for p-values follow, if the detector keeps their features (DN2, PANDA, MSC); else they
+    are forgotten. PatchCore keeps all patches of the new images, for the choice of its coreset cannot be gone back to.
+
+    Args:
+        detector: From a checkpoint, or after a run.
+        images: See pictures.loose.pointed_at.
+        batch_size: Images of a step.
+
+    Returns:
+        The names of the new images.
+
+    Raises:
+        PandaError: If one cannot be read or is there already, or the method has no such bank; then nothing has changed.
+    """
+    before, found = names(detector), pointed_at(images)
+    there = {os.path.abspath(name) for name in before}
+    for name in found.names:
+        if os.path.abspath(name) in there:
+            raise PandaError(f"{name} is in the bank already, or named twice: name new images alone, each once.")
+        there.add(os.path.abspath(name))
+    dataset = LooseDataset(found, View.of((detector.origin or {})["view"]), threads=True)
+    embed: Any = detector.embed
+    parts = []
+    training = detector.training
+    detector.eval()
+    for start in track(range(0, len(found), batch_size), "New images", transient=True):
+        batch: Any = dataset.__getitems__(range(start, min(start + batch_size, len(found))))
+        bad = next((i for i, reason in enumerate(batch["unreadable"]) if reason), None)
+        if bad is not None:
+            raise PandaError(f"{found.names[start + bad]} cannot be read ({batch['unreadable'][bad]}): leave it out.")
+        with computed_as(detector):
+            parts.append(embed({**batch, "image": batch["image"].to(detector.device)}))
+    detector.train(training)
+    detector.bank_names = before
+    detector.join_bank(torch.cat(parts))
+    _changed(detector, [*before, *found.names], found.names, [])
+    return found.names
+
+
+def remove(detector: Detector, like: Sequence[str]) -> list[str]:
+    """Take normal images out of the bank.
+
+    Args:
+        detector: From a checkpoint, or after a run.
+        like: Names or patterns (``*/2026-11-*.jpg``), of whole paths or of the files' own names.
+
+    Returns:
+        The names of those that went.
+
+    Raises:
+        PandaError: If a pattern matches none, or what is left does not do; then nothing has changed.
+    """
+    before = names(detector)
+
+    def matches(name: str, pattern: str) -> bool:
+        return any(one == pattern or fnmatchcase(one, pattern) for one in (name, Path(name).name))
+
+    for pattern in like:
+        if not any(matches(name, pattern) for name in before):
+            raise PandaError(f"{pattern} matches none of the {len(before)} normal images, such as {before[0]}.")
+    kept = torch.tensor([not any(matches(name, pattern) for pattern in like) for name in before])
+    gone = [name for name, stays in zip(before, kept, strict=True) if not stays]
+    detector.bank_names = before
+    detector.leave_bank(kept)
+    _changed(detector, [name for name, stays in zip(before, kept, strict=True) if stays], [], gone)
+    return gone
+
+
+def _changed(detector: Detector, now: list[str], added: list[str], gone: list[str]) -> None:
+    came, went = detector.bank_changes
+    detector.bank_changes = (
+        [name for name in [*came, *added] if name not in gone],
+        [*went, *(name for name in gone if name not in came)],
+    )
+    detector.bank_names = now
+    detector.fit_index()
+    detector.recalibrate()

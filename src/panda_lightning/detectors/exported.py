@@ -34,7 +34,7 @@ def from_checkpoint(path: str | Path, **changed: Any) -> Detector:
 
     Args:
         path: The checkpoint.
-        changed: Arguments that are not the checkpoint's.
+        changed: Arguments that are not the checkpoint's; those that its class does not have are left out.
 
     Raises:
         PandaError: If there is none, it is broken, of an unknown class, or has no bank for its weights.
@@ -86,7 +86,7 @@ class Exported(nn.Module):
     def __init__(self, path: str | Path, resizes: bool = True, alpha: float | None = None, half: bool = False) -> None:
         super().__init__()
         keep = _half if half else _as_it_is
-        detector = self.detector = in_float32(from_checkpoint(path, **_plain(path)))
+        detector = self.detector = in_float32(from_checkpoint(path, optimize="plain"))
         calibration = detector.calibration  # None where it was made in another precision
         self.calibration = None if calibration is None else torch.from_numpy(calibration.scores)
         self.kind = None if calibration is None else calibration.words
@@ -151,11 +151,6 @@ class Half(nn.Module):
         weights = {name: tensor.float() for name, tensor in self.exported.named_parameters()}
         found: tuple[Tensor, ...] = functional_call(self.exported, weights, (images,))
         return found
-
-
-def _plain(path: str | Path) -> dict[str, str]:
-    """The argument that computes networks layer by layer, as they are; methods without a backbone have none."""
-    return {"optimize": "plain"} if "optimize" in made_with(path)[1]["model"] else {}
 
 
 def snapshots(

@@ -15,7 +15,10 @@ LAYERS = [
         "networks.scratch", "runtime.checkpoints", "runtime.features",
         "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },
-    {"networks.loading", "pictures", "runtime.agreement", "runtime.results", "search.coreset", "search.sharded"},
+    {
+        "networks.loading", "pictures", "runtime.agreement", "runtime.results", "search.coreset", "search.sharded",
+        "search.traced",
+    },
     {"networks.backbones"},
     {"formulas.fisher", "networks.prefix_cache", "networks.pyramid"},
     {"callbacks"},

@@ -12,6 +12,7 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 UNPICKLER = "datamodules/cifar.py"  # has the one unpickler, which builds plain containers and arrays
+EXPORTED = ("tools/certificate.py", "torch.export.load")  # opens a program that the same process has just written
 BANNED = """
 builtins: eval exec compile __import__
 os: system popen execv execve execl execvp spawnl spawnv posix_spawn startfile
@@ -83,6 +84,7 @@ def faults(source, file="x.py"):
     found = {
         name for name, node in names for other in banned()
         if f"{name}.".startswith(f"{other}.") and not (file == UNPICKLER and node in bases)
+        and (file, name) != EXPORTED
     }  # fmt: skip
     zips, of = list(checked_zips(tree)), {node: name for name, node in names}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

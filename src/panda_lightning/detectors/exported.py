@@ -15,6 +15,7 @@ from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.detectors.segmentation import SegmentationDetector
 from panda_lightning.formulas.conformal import flagged
+from panda_lightning.networks.backbones import Backbone
 from panda_lightning.pictures.images import View
 from panda_lightning.pictures.resampling import fitted
 from panda_lightning.runtime.agreement import made_with
@@ -29,12 +30,11 @@ READING = (
 )
 
 
-def from_checkpoint(path: str | Path, **changed: Any) -> Detector:
+def from_checkpoint(path: str | Path) -> Detector:
     """The detector of a checkpoint of this project, whatever its class, on the CPU and ready to score.
 
     Args:
         path: The checkpoint.
-        changed: Arguments that are not the checkpoint's; those that its class does not have are left out.
 
     Raises:
         PandaError: If there is none, it is broken, of an unknown class, or has no bank for its weights.
@@ -51,7 +51,7 @@ def from_checkpoint(path: str | Path, **changed: Any) -> Detector:
             f"{path} is of {name or 'a class that it does not name'}, which is no detector here: known are "
             f"{', '.join(sorted(known))}. Import the module of your own class first."
         )
-    detector: Detector = cls.load_from_checkpoint(path, map_location="cpu", **changed).eval()
+    detector: Detector = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     detector.require_learned()
     detector.ready()
     return detector
@@ -86,7 +86,9 @@ class Exported(nn.Module):
     def __init__(self, path: str | Path, resizes: bool = True, alpha: float | None = None, half: bool = False) -> None:
         super().__init__()
         keep = _half if half else _as_it_is
-        detector = self.detector = in_float32(from_checkpoint(path, optimize="plain"))
+        detector = self.detector = in_float32(from_checkpoint(path))
+        for network in (m for m in detector.modules() if isinstance(m, Backbone)):
+            network.compute("plain")
         calibration = detector.calibration  # None where it was made in another precision
         self.calibration = None if calibration is None else torch.from_numpy(calibration.scores)
         self.kind = None if calibration is None else calibration.words

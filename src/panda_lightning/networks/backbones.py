@@ -67,9 +67,7 @@ class Backbone(nn.Module):
                 f"a timm {type(model).__name__} has several classifiers, as distilled networks do, and none of them is "
                 "the pretraining task's alone: choose one without, such as deit_small_patch16_224."
             )
-        self.optimize = optimize
-        self._layout = torch.contiguous_format if optimize == "plain" else torch.channels_last
-        self.model = model.to(memory_format=self._layout)
+        self.model = model
         self.model_args = dict(model_args or {})
         self.pieces = list(_expand(model, TRUNKS[family]))
         matcher = cast(dict[str, Any], as_timm(model).group_matcher(coarse=True))
@@ -90,14 +88,21 @@ class Backbone(nn.Module):
                 and not re.match(matcher["stem"], name)  # a ViT's tokens and position embedding
                 and id(param) not in classifier
             )
-        self._frozen: tuple[object, list[Layer]] = (None, [])
-        self._compiled_frozen, self._compiled_adapted = (
-            (torch.compile(run), torch.compile(run)) if optimize == "compiled" else (run, run)
-        )
+        self.compute(optimize)
         cfg = as_timm(model).pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
         self.train(False)
+
+    def compute(self, optimize: Optimize) -> None:
+        """Compute the layers in another way, see the class."""
+        self.optimize = optimize
+        self._layout = torch.contiguous_format if optimize == "plain" else torch.channels_last
+        self.model.to(memory_format=self._layout)
+        self._frozen: tuple[object, list[Layer]] = (None, [])
+        self._compiled_frozen, self._compiled_adapted = (
+            (torch.compile(run), torch.compile(run)) if optimize == "compiled" else (run, run)
+        )
 
     @classmethod
     def pretrained(

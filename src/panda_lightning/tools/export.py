@@ -23,7 +23,7 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 
-from panda_lightning.arguments import Bounds, OpenShare
+from panda_lightning.arguments import Bounds, OpenShare, Positive
 from panda_lightning.cli import VERSION, OneSentenceParser
 from panda_lightning.detectors.exported import Exported, Half, from_checkpoint, in_float32, snapshots
 from panda_lightning.detectors.segmentation import SegmentationDetector
@@ -57,6 +57,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--format", type=Literal["onnx", "torch"], default="onnx", help="onnx, or torch: a program of torch.export.")
     add("--verify", type=Path | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
     add("--half", type=bool, default=False, help="Keep weights and bank in float16: half the size, other digits.")
+    add("--tolerance", type=Positive | None, default=None, help="Of scores; by default 1e-4, or 1e-2 with --half.")
     add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if it is possible.")
     add("--input", type=Literal["any", "final"], default="any", help="Pictures of any size, or resized by the caller.")
     add("--opset", type=Annotated[int, Bounds(18)] | None, default=None, help="Of ONNX; by default torch's.")
@@ -75,7 +76,10 @@ def run(config: Namespace) -> int:
         _require_packages()
         _require_opset(config.opset)
     pictures = None if config.verify is None else pointed_at(config.verify)
-    proof = export(config.ckpt_path, output, pictures, config.input == "any", config.alpha, config.half, config.opset)
+    proof = export(
+        config.ckpt_path, output, pictures, config.input == "any", config.alpha, config.half, config.opset,
+        config.tolerance,
+    )  # fmt: skip
     get_console().print(f"{output}: {proof.words()}", soft_wrap=True, markup=False, highlight=False)
     return 0
 
@@ -88,6 +92,7 @@ def export(
     alpha: float | None = None,
     half: bool = False,
     opset: int | None = None,
+    tolerance: float | None = None,
 ) -> Certificate:
     """Write a detector to a file, and compare them.
 
@@ -99,6 +104,7 @@ def export(
         alpha: Level of the decision.
         half: Keep weights and bank in float16.
         opset: Of ONNX.
+        tolerance: Of scores, see Certificate; None is 1e-4, or 1e-2 with half.
 
     Raises:
         PandaError: If the detector cannot be exported, or the file does not agree with it; then it is not kept.
@@ -113,7 +119,7 @@ def export(
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
     source = "generated" if pictures is None else f"{len(pictures)} given"
-    proof = Certificate(source, tolerance=HALF_TOLERANCE if half else TOLERANCE)
+    proof = Certificate(source, tolerance or (HALF_TOLERANCE if half else TOLERANCE))
     with new_folder(output.parent) as folder:
         part = folder / output.name
         write(program, whole, part, size, opset)

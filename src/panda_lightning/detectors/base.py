@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from inspect import isabstract
 from typing import Any
 from uuid import uuid4
@@ -336,6 +337,9 @@ class Detector(Checked, pl.LightningModule, ABC):
     def bank_is_fresh(self) -> bool:
         """Whether the bank was made with the weights in use."""
         return self.bank is not None and self.bank_weights == self._weights()
+
+    def trace_search(self, index: Any, keep: Callable[[Tensor], Tensor]) -> None:
+        """Search with a TracedIndex from now on, in what ``keep`` makes of the bank; where there is no search, nothing."""
 
     def rebuild_bank(self) -> None:
         """Make the bank with the weights in use.

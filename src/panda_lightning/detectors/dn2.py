@@ -1,5 +1,6 @@
 """DN2: nearest neighbours in pretrained features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -155,6 +156,10 @@ class DN2(PretrainedDetector):
             kmeans = KMeans(self.centroids, n_init=1, random_state=0).fit(features)
             self.reduction = (made_from, torch.from_numpy(kmeans.cluster_centers_))
         return self.reduction[1].to(self.device)
+
+    @override
+    def trace_search(self, index: Any, keep: Callable[[Tensor], Tensor]) -> None:
+        self.index = index.fit(keep(self.entries()))
 
     @property
     def reduced(self) -> bool:

@@ -12,8 +12,6 @@ from torch.func import functional_call
 
 from panda_lightning.callbacks import SampleWiseEarlyStopping
 from panda_lightning.detectors.base import Detector
-from panda_lightning.detectors.dn2 import DN2
-from panda_lightning.detectors.segmentation import SegmentationDetector
 from panda_lightning.formulas.conformal import flagged
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.pictures.images import View
@@ -24,6 +22,7 @@ from panda_lightning.runtime.results import level_of
 from panda_lightning.search.traced import TracedIndex
 from panda_lightning.types import PandaError
 
+OUTPUTS = ("score", "p_value", "anomalous", "map", "ses_score")
 READING = (
     "images: uint8 RGB (batch, 3, height, width), turned upright as the EXIF tag says, grey repeated, transparency "
     "dropped; values of more than 8 bits as intensity says, see panda_lightning/pictures/pixels.py"
@@ -95,18 +94,11 @@ class Exported(nn.Module):
         self.level = level_of(calibration, alpha)
         self.side: int = detector.origin["view"]["image_size"]  # type: ignore[index]
         self.view = View.of(detector.origin["view"]) if resizes else None  # type: ignore[index]
-        if isinstance(detector, DN2):
-            detector.index = TracedIndex().fit(keep(detector.entries()))
-        elif isinstance(detector, SegmentationDetector):
-            detector.index, detector.bank = TracedIndex(), keep(detector.bank)  # type: ignore[arg-type]
-            detector.fit_index()
+        detector.trace_search(TracedIndex(), keep)
         self.ses = snapshots(detector, path, keep)
-        self.outputs = ["score"]
-        if self.calibration is not None:
-            self.outputs += ["p_value"] if self.level is None else ["p_value", "anomalous"]
-        self.outputs += ["map"] if isinstance(detector, SegmentationDetector) else []
-        self.outputs += ["ses_score"] if self.ses is not None else []
         self.requires_grad_(False)
+        found = self.found(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8))
+        self.outputs = [name for name in OUTPUTS if name in found]
 
     def facts(self) -> dict[str, Any]:
         """What a file's users should know: primitives."""
@@ -127,6 +119,11 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score pictures (B, 3, H, W) uint8."""
+        found = self.found(images)
+        return tuple(found[name] for name in self.outputs)
+
+    def found(self, images: Tensor) -> dict[str, Tensor]:
+        """The same by name, with whatever else the detector tells."""
         batch: Any = {"image": images if self.view is None else fitted(images, self.view)}
         found = self.detector.outputs(batch)
         if self.ses is not None:
@@ -136,7 +133,7 @@ class Exported(nn.Module):
             found["p_value"] = (1 + below).double() / (len(self.calibration) + 1)
             if self.level is not None:
                 found["anomalous"] = flagged(found["p_value"], self.level)
-        return tuple(found[name] for name in self.outputs)
+        return found
 
 
 class Half(nn.Module):

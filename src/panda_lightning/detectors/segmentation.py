@@ -1,6 +1,7 @@
 """What detectors share that say where an image is anomalous: pyramids of features, maps, and their metrics."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -145,6 +146,12 @@ class SegmentationDetector(PretrainedDetector):
         )
         loader = self.data.normal_dataloader()
         return extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
+
+    @override
+    def trace_search(self, index: Any, keep: Callable[[Tensor], Tensor]) -> None:
+        assert self.bank is not None
+        self.index, self.bank = index, keep(self.bank)
+        self.fit_index()
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from panda_lightning.arguments import Bounds, OpenShare, Positive
 from panda_lightning.cli import VERSION, OneSentenceParser
 from panda_lightning.detectors.exported import Exported, Half, from_checkpoint, in_float32, snapshots
-from panda_lightning.detectors.segmentation import SegmentationDetector
 from panda_lightning.pictures.images import View
 from panda_lightning.pictures.loose import Loose, pointed_at
 from panda_lightning.pictures.pixels import Source
@@ -213,7 +212,7 @@ class Reference:
         """Its scores (N,), and maps."""
         found = self.detector.score(pictures)
         scores: dict[str, Array] = {"score": found.score}
-        if isinstance(self.detector, SegmentationDetector) and found.maps is not None:
+        if found.maps is not None:
             scores["map"] = found.maps
         if self.ses is not None:
             batch: Any = {"image": torch.from_numpy(np.stack([self.view(picture) for picture in pictures]))}

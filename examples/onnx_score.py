@@ -13,6 +13,8 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 names = [output.name for output in session.get_outputs()]
 for path in sys.argv[2:]:
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            sys.exit(f"{path} has more than 8 bits a value: make 8 of them as the file's metadata say under intensity.")
         rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     outputs = session.run(None, {"images": rgb.transpose(2, 0, 1)[None]})
     found = dict(zip(names, outputs, strict=True))

@@ -62,6 +62,21 @@ def test_every_door_gives_the_same_score(tmp_path, folder, monkeypatch, name):
         assert [row["anomalous"] for row in rows] == [""] * len(rows)  # .05 needs 19 calibration images
 
 
+class Rooted(DN2):
+    """A user's own score."""
+
+    def anomaly_score(self, batch):
+        return super().anomaly_score(batch).sqrt()
+
+
+def test_a_score_of_the_users_own_goes_through_every_door(tmp_path, folder):
+    detector = Rooted("panda_tiny")
+    learned(detector, images(folder), tmp_path)
+    found = detector.score(folder / "test")
+    close(found.score, detector.scores.score.numpy())
+    assert found.neighbours is None  # they would explain another score
+
+
 def test_half_precision_is_that_of_the_run(tmp_path, folder):
     detector = DN2("panda_tiny")
     run = trainer(tmp_path)

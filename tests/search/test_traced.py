@@ -15,7 +15,7 @@ def plain(queries, bank, k):
     return np.take_along_axis(squared, rows, axis=1), rows
 
 
-@pytest.mark.parametrize(("rows", "k"), [(8192, 1), (8192, 5), (7, 5), (3, 5), (1, 1)])
+@pytest.mark.parametrize(("rows", "k"), [(8192, 1), (8192, 31), (7, 5), (3, 5), (2, 17), (1, 1)])
 def test_it_finds_what_a_plain_search_finds(monkeypatch, rows, k):
     monkeypatch.setattr(TracedIndex, "ROWS", rows)
     draw = torch.manual_seed(0)

@@ -194,6 +194,39 @@ def test_what_is_not_possible_ends_in_a_sentence(made, workdir, words, said):
     assert (workdir / "there.ckpt").read_text() == "mine"
 
 
+def test_what_p_values_rest_on_cannot_join(made, workdir):
+    path = made("DN2", calibration_fraction=0.4)
+    known = {str((workdir / name).resolve()) for name in state(path)["bank_names"]}
+    held = [str(p) for p in sorted(workdir.glob("images/train/spot/*.png")) if str(p.resolve()) not in known]
+    assert len(held) == 4
+    with pytest.raises(PandaError, match="was held back for p-values, so it cannot be in the bank too"):
+        banks.add(from_checkpoint(path), held[0])
+
+
+@pytest.mark.parametrize("name", ["DN2", "SPADE"])
+def test_a_picture_that_is_there_under_another_name_is_refused(made, workdir, name):
+    path = made(name)
+    copied = workdir / "copy.png"
+    copied.write_bytes((workdir / "images/train/spot/003.png").read_bytes())
+    with pytest.raises(PandaError, match=r"copy\.png shows the same as .*images/train/spot/003\.png of the bank"):
+        banks.add(from_checkpoint(path), ["a/300.png", "copy.png"])
+    (workdir / "a/other.png").write_bytes((workdir / "a/301.png").read_bytes())
+    with pytest.raises(PandaError, match=r"a/other\.png shows the same as a/301\.png: leave one of them out"):
+        banks.add(from_checkpoint(path), "a")
+    (workdir / "link").symlink_to(workdir / "images")
+    with pytest.raises(PandaError, match=r"link/train/spot/000\.png is in the bank already"):
+        banks.add(from_checkpoint(path), "link/train")
+
+
+def test_a_name_is_itself_before_it_is_a_pattern(made, workdir):
+    (workdir / "b/4[01]1.png").write_bytes((workdir / "b/400.png").read_bytes())
+    (workdir / "b/400.png").unlink()
+    detector = from_checkpoint(made("DN2"))
+    banks.add(detector, "b")
+    assert banks.remove(detector, ["b/4[01]1.png"]) == ["b/4[01]1.png"]
+    assert banks.remove(detector, ["b/4[01]1.png"]) == ["b/401.png"]
+
+
 def test_nothing_has_changed_where_an_addition_fails(made, workdir):
     detector = from_checkpoint(made("DN2"))
     (workdir / "a/zz.png").write_text("no picture")

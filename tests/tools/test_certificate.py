@@ -59,7 +59,7 @@ def test_a_wrong_p_value_is_refused_and_one_at_a_tie_is_not():
 def test_a_decision_that_its_own_p_value_contradicts_is_refused():
     found = file_of(SCORES)
     found["anomalous"][0] = True
-    with pytest.raises(PandaError, match="p-value of picture 0"):
+    with pytest.raises(PandaError, match="decision on picture 0 is not that of its p-value"):
         compare(certificate(), {"score": SCORES}, found, CALIBRATION, 0.05)
 
 

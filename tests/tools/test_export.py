@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 
 from panda_lightning import DN2, PANDA, PandaError, PatchCore, SampleWiseEarlyStopping
 from panda_lightning.detectors.exported import from_checkpoint
+from panda_lightning.pictures.loose import pointed_at
+from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.tools import export, main
 from tests.conftest import make_clouds
 from tests.detectors.test_scoring import images, learned
@@ -64,7 +66,7 @@ def test_every_detector_gives_its_scores_elsewhere(tmp_path, folder, name):
         pictures = list(draw.integers(0, 256, (count, *sides, 3), dtype=np.uint8))
         expected = from_checkpoint(path).score(pictures, alpha=0.25)
         found = run_onnx(tmp_path / "detector.onnx", pictures)
-        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5, atol=1e-5 * abs(expected.score).max())
         np.testing.assert_allclose(found["p_value"], expected.p_value, rtol=1e-12)
         np.testing.assert_array_equal(found["anomalous"], expected.anomalous)
         assert ("map" in found) == (name in ("PatchCore", "SPADE"))
@@ -164,6 +166,14 @@ def test_the_example_needs_neither_this_package_nor_torch(tmp_path, folder):
     )  # fmt: skip
     assert not done.returncode, done.stderr
     expected = from_checkpoint(path).score([str(picture), str(turned)], alpha=0.25)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint16)).save(deep)
+    done_deep = subprocess.run(
+        [sys.executable, EXAMPLE, "detector.onnx", deep], capture_output=True, text=True, cwd=tmp_path,
+        env=alone(tmp_path, "panda_lightning", "torch", "timm"),
+    )  # fmt: skip
+    assert done_deep.returncode
+    assert "deep.png has more than 8 bits a value" in done_deep.stderr
     for line, score, p in zip(done.stdout.splitlines(), expected.score, expected.p_value, strict=True):
         words = line.split()
         assert float(words[words.index("score") + 1]) == pytest.approx(score, rel=1e-5)
@@ -193,9 +203,10 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
             onnx.save(model, file)
         else:
-            held = [*program.state_dict.values(), *program.constants.values()]
-            with torch.no_grad():
-                change(next(t for t in held if suits(list(t.shape))))
+            for held in (program.state_dict, program.constants):
+                for name in [name for name, t in held.items() if suits(list(t.shape))][:1]:
+                    held[name] = held[name].detach().clone()  # the detector's own stays
+                    change(held[name])
             real(program, whole, file, size, opset)
 
     def suits(shape):
@@ -203,7 +214,7 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
 
     def change(values):
         if what == "bank row":
-            values[3] += 0.1 * abs(values[3]).mean()
+            values[3] += 1e-4
         else:
             values[0, 0, 1, 1] += 5
 
@@ -211,7 +222,8 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
     with pytest.raises(SystemExit) as ended:
         main(["export", f"--ckpt_path={path}", "-o", str(output), f"--format={'onnx' if kind == 'onnx' else 'torch'}",
               f"--verify={folder / 'train'}"])  # fmt: skip
-    assert "is not kept, for it does not give the detector's scores: score of picture" in str(ended.value.code)
+    said = "the bank is not in it as it is in the detector" if what == "bank row" else "score of picture"
+    assert f"is not kept, for it does not give the detector's scores: {said}" in str(ended.value.code)
     assert not list(output.parent.iterdir())
 
 
@@ -252,7 +264,7 @@ def test_a_mixed_precision_run_is_exported_in_float32_without_its_calibration(tm
     run.fit(detector, images(folder, calibration_fraction=0.4))
     run.save_checkpoint(tmp_path / "last.ckpt")
     proof = export.export(tmp_path / "last.ckpt", tmp_path / "d.onnx")
-    assert "scored in bf16-mixed; the file scores in 32-true" in caplog.text
+    assert caplog.text.count("scored in bf16-mixed; the file scores in float32, without p-values") == 1
     assert facts(tmp_path / "d.onnx")["calibration"] == "none"
     assert proof.largest < 1e-5
 
@@ -283,6 +295,38 @@ def test_what_cannot_be_exported_ends_in_a_sentence(tmp_path, folder, monkeypatc
         "panda_lightning.tools.export.find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
     )
     assert "onnxscript, not installed here: `pip install 'panda-lightning[export]'`" in refused(tmp_path, given)
+
+
+def test_values_of_8_bits_pass_a_window_once(tmp_path, folder):
+    path = saved(DN2("panda_tiny"), folder, tmp_path, intensity="window:30,200")
+    proof = export.export(path, tmp_path / "d.onnx", pointed_at(folder / "test"))
+    assert proof.largest < 1e-5
+    assert "window:LO,HI maps the values of every picture" in facts(tmp_path / "d.onnx")["input"]
+    file = folder / "test/stripe/000.png"
+    picture = Intensity.parse("window:30,200").shallow(Image.open(file).convert("RGB"))
+    expected = from_checkpoint(path).score(file).score
+    np.testing.assert_allclose(run_onnx(tmp_path / "d.onnx", [np.asarray(picture)])["score"], expected, rtol=1e-5)
+
+
+class Rooted(DN2):
+    """A user's own, whose scores are others."""
+
+    def anomaly_score(self, batch):
+        return super().anomaly_score(batch).sqrt()
+
+
+def test_a_class_of_the_users_own_is_itself_and_never_one_of_ours(tmp_path, folder):
+    path = saved(Rooted("panda_tiny"), folder, tmp_path)
+    export.export(path, tmp_path / "own.onnx")
+    picture = np.asarray(Image.open(folder / "test/stripe/000.png").convert("RGB"))
+    expected = from_checkpoint(path).score(picture).score
+    assert expected[0] < 100  # a root
+    np.testing.assert_allclose(run_onnx(tmp_path / "own.onnx", [picture])["score"], expected, rtol=1e-5)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "elsewhere.DN2"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(PandaError, match=r"is of elsewhere\.DN2, which is no detector here"):
+        from_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_an_output_that_exists_stays(tmp_path, folder):

@@ -12,8 +12,10 @@ from rich.progress import track
 from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.scoring import computed_as
 from panda_lightning.pictures.images import View
-from panda_lightning.pictures.loose import LooseDataset, pointed_at
+from panda_lightning.pictures.loose import Loose, LooseDataset, pointed_at
 from panda_lightning.types import PandaError
+
+SAME = 1e-5  # two pictures are one where they are so much nearer than others
 
 
 def names(detector: Detector) -> list[str]:
@@ -49,28 +51,49 @@ def add(detector: Detector, images: Any, batch_size: int = 32) -> list[str]:
         PandaError: If one cannot be read or is there already, or the method has no such bank; then nothing has changed.
     """
     before, found = names(detector), pointed_at(images)
-    there = {os.path.abspath(name) for name in before}
+    there = {os.path.realpath(name): name for name in before}
     for name in found.names:
-        if os.path.abspath(name) in there:
+        if os.path.realpath(name) in there or name in before:
             raise PandaError(f"{name} is in the bank already, or named twice: name new images alone, each once.")
-        there.add(os.path.abspath(name))
-    dataset = LooseDataset(found, View.of((detector.origin or {})["view"]), threads=True)
-    embed: Any = detector.embed
-    parts = []
+        there[os.path.realpath(name)] = name
     training = detector.training
     detector.eval()
-    for start in track(range(0, len(found), batch_size), "New images", transient=True):
-        batch: Any = dataset.__getitems__(range(start, min(start + batch_size, len(found))))
-        bad = next((i for i, reason in enumerate(batch["unreadable"]) if reason), None)
-        if bad is not None:
-            raise PandaError(f"{found.names[start + bad]} cannot be read ({batch['unreadable'][bad]}): leave it out.")
-        with computed_as(detector):
-            parts.append(embed({**batch, "image": batch["image"].to(detector.device)}))
-    detector.train(training)
+    try:
+        rows = _rows(detector, found, batch_size)
+    finally:
+        detector.train(training)
     detector.bank_names = before
-    detector.join_bank(torch.cat(parts))
+    detector.join_bank(rows)
     _changed(detector, [*before, *found.names], found.names, [])
     return found.names
+
+
+def _rows(detector: Detector, found: Loose, batch_size: int) -> torch.Tensor:
+    """What ``embed`` makes of new images; those that are not new are refused."""
+    dataset = LooseDataset(found, View.of((detector.origin or {})["view"]), threads=True)
+    embed: Any = detector.embed
+    parts: list[torch.Tensor] = []
+    seen: dict[bytes, str] = {}
+    for start in track(range(0, len(found), batch_size), "New images", transient=True):
+        batch: Any = dataset.__getitems__(range(start, min(start + batch_size, len(found))))
+        shown = found.names[start : start + batch_size]
+        for name, reason, picture in zip(shown, batch["unreadable"], batch["image"], strict=True):
+            if reason:
+                raise PandaError(f"{name} cannot be read ({reason}): leave it out.")
+            other = seen.setdefault(picture.numpy().tobytes(), name)
+            if other != name:
+                raise PandaError(f"{name} shows the same as {other}: leave one of them out.")
+        batch["image"] = batch["image"].to(detector.device)
+        with computed_as(detector):
+            parts.append(embed(batch))
+            near = detector.explained(batch)
+        for i, name in enumerate(shown):
+            if detector.held_back(parts[-1][i : i + 1]).any():
+                raise PandaError(f"{name} was held back for p-values, so it cannot be in the bank too: leave it out.")
+            if "distance" in near and near["distance"][i, 0] <= SAME * near["distance"][i, -1]:
+                other = detector.bank_names[int(near["neighbour"][i, 0])] if detector.bank_names else "an image"
+                raise PandaError(f"{name} shows the same as {other} of the bank: leave it out.")
+    return torch.cat(parts)
 
 
 def remove(detector: Detector, like: Sequence[str]) -> list[str]:
@@ -88,13 +111,16 @@ def remove(detector: Detector, like: Sequence[str]) -> list[str]:
     """
     before = names(detector)
 
-    def matches(name: str, pattern: str) -> bool:
-        return any(one == pattern or fnmatchcase(one, pattern) for one in (name, Path(name).name))
-
+    gone_rows: set[int] = set()
     for pattern in like:
-        if not any(matches(name, pattern) for name in before):
+        rows = [i for i, name in enumerate(before) if name == pattern]  # a name may look like a pattern of others
+        rows = rows or [
+            i for i, name in enumerate(before) if any(fnmatchcase(one, pattern) for one in (name, Path(name).name))
+        ]
+        if not rows:
             raise PandaError(f"{pattern} matches none of the {len(before)} normal images, such as {before[0]}.")
-    kept = torch.tensor([not any(matches(name, pattern) for pattern in like) for name in before])
+        gone_rows.update(rows)
+    kept = torch.tensor([i not in gone_rows for i in range(len(before))])
     gone = [name for name, stays in zip(before, kept, strict=True) if not stays]
     detector.bank_names = before
     detector.leave_bank(kept)

@@ -80,6 +80,11 @@ class Detector(Checked, pl.LightningModule, ABC):
     maps = False  # whether prediction draws how a pooled distance is made up, where that can be told
     interpolation: str | None = None  # how the network wants images resized; None is no matter
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "anomaly_score" in vars(cls) and "explained" not in vars(cls):
+            cls.explained = Detector.explained  # type: ignore[method-assign]  # what is inherited explains another score
+
     def __init__(self) -> None:
         super().__init__()
         self.derived: dict[str, Any] = {}
@@ -339,7 +344,7 @@ class Detector(Checked, pl.LightningModule, ABC):
         return self.bank is not None and self.bank_weights == self._weights()
 
     def trace_search(self, index: Any, keep: Callable[[Tensor], Tensor]) -> None:
-        """Search with a TracedIndex from now on, in what ``keep`` makes of the bank; where there is no search, nothing."""
+        """Search with a TracedIndex from now on, in what ``keep`` makes of the bank, where there is a search."""
 
     def rebuild_bank(self) -> None:
         """Make the bank with the weights in use.
@@ -414,6 +419,10 @@ class Detector(Checked, pl.LightningModule, ABC):
         if not kept.any():
             raise PandaError(f"none of the {len(kept)} normal images would be left: keep some.")
         self.bank = self.bank[kept]
+
+    def held_back(self, rows: Tensor) -> Tensor:
+        """Which rows (N, ...) of ``embed`` are of images that p-values rest on, as far as that is known: (N,)."""
+        return torch.zeros(len(rows), dtype=torch.bool)
 
     def _require_rows(self) -> None:
         if not isinstance(self.bank, Tensor):

@@ -196,6 +196,15 @@ class DN2(PretrainedDetector):
         self.reduction = None
 
     @override
+    def held_back(self, rows: Tensor) -> Tensor:
+        if self.held_features is None:
+            return super().held_back(rows)
+        wide = rows.double().cpu()
+        nearest = torch.cdist(wide, self.held_features.double()).amin(dim=1)
+        found: Tensor = nearest <= 1e-5 * torch.linalg.vector_norm(wide, dim=1)  # the same features, but for rounding
+        return found
+
+    @override
     def recalibrate(self) -> None:
         features, known = self.held_features, self.held_out is not None and self.held_out[1] == self.scored_by
         super().recalibrate()

@@ -25,7 +25,8 @@ from panda_lightning.types import PandaError
 OUTPUTS = ("score", "p_value", "anomalous", "map", "ses_score")
 READING = (
     "images: uint8 RGB (batch, 3, height, width), turned upright as the EXIF tag says, grey repeated, transparency "
-    "dropped; values of more than 8 bits as intensity says, see panda_lightning/pictures/pixels.py"
+    "dropped, after the rule that preprocessing names as intensity: bits:N and auto make 8 bits of deeper values "
+    "alone, window:LO,HI maps the values of every picture so that LO is 0 and HI is 255"
 )
 
 
@@ -43,17 +44,22 @@ def from_checkpoint(path: str | Path) -> Detector:
         raise PandaError(f"{path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
     require_whole(path)
     name = str(made_with(path)[1]["model"].get("_class_path") or "")
-    known = {cls.__name__: cls for cls in _below(Detector)}
-    cls = known.get(name.split(".")[-1])
+    known = _below(Detector)
+    cls: Any = next((cls for cls in known if name in _paths(cls)), None)
     if cls is None:
         raise PandaError(
             f"{path} is of {name or 'a class that it does not name'}, which is no detector here: known are "
-            f"{', '.join(sorted(known))}. Import the module of your own class first."
+            f"{', '.join(sorted(cls.__name__ for cls in known))}; import the module of your own class before."
         )
     detector: Detector = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     detector.require_learned()
     detector.ready()
     return detector
+
+
+def _paths(cls: type[Any]) -> tuple[str, str]:
+    """Where a class is defined, and where its package offers it."""
+    return f"{cls.__module__}.{cls.__qualname__}", f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
 
 
 def _below(cls: type[Any]) -> list[type[Any]]:
@@ -62,10 +68,7 @@ def _below(cls: type[Any]) -> list[type[Any]]:
 
 def in_float32(detector: Detector) -> Detector:
     """The detector, made to score in float32 whatever the precision of its run."""
-    before = (detector.origin or {})["precision"]
-    if before != "32-true":
-        rank_zero_info(f"The checkpoint's run scored in {before}; the file scores in 32-true, without its calibration.")
-        detector.origin = {**(detector.origin or {}), "precision": "32-true"}
+    detector.origin = {**(detector.origin or {}), "precision": "32-true"}
     return detector
 
 
@@ -85,10 +88,16 @@ class Exported(nn.Module):
     def __init__(self, path: str | Path, resizes: bool = True, alpha: float | None = None, half: bool = False) -> None:
         super().__init__()
         keep = _half if half else _as_it_is
-        detector = self.detector = in_float32(from_checkpoint(path))
+        detector = self.detector = from_checkpoint(path)
+        before = detector.precision
+        if before == "32-true":
+            calibration = detector.calibration
+        else:
+            rank_zero_info(f"The checkpoint's run scored in {before}; the file scores in float32, without p-values.")
+            in_float32(detector)
+            calibration = None
         for network in (m for m in detector.modules() if isinstance(m, Backbone)):
             network.compute("plain")
-        calibration = detector.calibration  # None where it was made in another precision
         self.calibration = None if calibration is None else torch.from_numpy(calibration.scores)
         self.kind = None if calibration is None else calibration.words
         self.level = level_of(calibration, alpha)
@@ -112,10 +121,21 @@ class Exported(nn.Module):
             "input": READING,
             "preprocessing": words,
             "bank_size": len(bank),
+            "bank_changes": dict(zip(("added", "taken out"), map(len, detector.bank_changes), strict=True)),
             "trained_on": {"data": origin["data"], **origin["problem"], "images": origin["normal training images"]},
             "calibration": self.kind or "none",
             "alpha": self.level,
         }
+
+    def held(self) -> dict[str, Tensor]:
+        """What must be in a file as it is: bank and calibration."""
+        found = {} if self.calibration is None else {"calibration": self.calibration}
+        index, bank = getattr(self.detector, "index", None), self.detector.bank
+        if isinstance(index, TracedIndex):
+            found["bank"] = index.bank
+        elif bank is not None:
+            found |= {name: bank[name] for name in ("support", "alpha")}
+        return found
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score pictures (B, 3, H, W) uint8."""

@@ -17,18 +17,19 @@ class TracedIndex(KNNIndex):
     """
 
     ROWS = 8192  # of the bank in a step
+    bank: Tensor
 
     @override
     def fit(self, bank: Tensor) -> Self:
-        self._bank = self._given = bank
+        self.bank = self._bank = bank
         self._rows = len(bank)
         return self
 
     @override
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self._check(k)
-        row = self._nearest(queries, self._given, k)
-        return (queries.float().unsqueeze(1) - self._given[row].float()).square().sum(dim=2), row
+        row = self._nearest(queries, self.bank, k)
+        return (queries.float().unsqueeze(1) - self.bank[row].float()).square().sum(dim=2), row
 
     @override
     def nearest_in_each(self, queries: Tensor, banks: Tensor) -> Tensor:
@@ -46,6 +47,6 @@ class TracedIndex(KNNIndex):
             found.append((value, row + start))
             if len(found) > 1:
                 value, row = (torch.cat(column, dim=-1) for column in zip(*found, strict=True))
-                value, best = value.topk(k, largest=False)
+                value, best = value.topk(min(k, value.shape[-1]), largest=False)
                 found = [(value, row.gather(-1, best))]
         return found[0][1]

@@ -9,7 +9,7 @@ from rich import get_console
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.detectors import banks
 from panda_lightning.detectors.base import Detector
-from panda_lightning.detectors.exported import from_checkpoint
+from panda_lightning.detectors.exported import from_checkpoint, snapshots
 from panda_lightning.pictures.loose import LISTS, listed_paths
 from panda_lightning.runtime.checkpoints import WholeCheckpointIO, read_tensors
 from panda_lightning.types import PandaError
@@ -34,27 +34,36 @@ def run(config: Namespace) -> int:
     for name in ("images", "like", "output"):
         if (name in needs) != bool(config[name]):
             raise PandaError(f"`panda bank {config.verb}` {'needs' if name in needs else 'takes no'} --{name}.")
-    if config.output is not None and config.output.exists():
-        raise PandaError(f"{config.output} exists: choose another --output, or remove it.")
+    if config.output is not None:
+        _require_new(config.output)
     detector = from_checkpoint(config.ckpt_path)
     if config.verb == "list":
         print(*banks.names(detector), sep="\n")
         return 0
-    calibrated = detector.calibration is not None
+    calibrated, held = detector.calibration is not None, detector.held_out is not None
+    kept_times = snapshots(detector, config.ckpt_path) is not None
     if config.verb == "add":
         changed = f"{len(banks.add(detector, config.images))} added"
     else:
         changed = f"{len(banks.remove(detector, _patterns(config.like)))} taken out"
+    _require_new(config.output)  # once more: work takes time
     save(detector, config.ckpt_path, config.output)
     said = f"{config.output}: {changed}, {len(banks.names(detector))} normal images in its bank."
     if detector.steps_trained:
         said += " The adapted weights and their centre are still those of the images that they were trained on."
     if calibrated:
         follows = detector.calibration is not None
-        void = f" There are no p-values any more: {detector.method} keeps no features of the images held back for them."
-        said += " P-values follow." if follows else void
+        why = f"{detector.method} keeps no features of the images held back for them" if held else "too few are left"
+        said += " P-values follow." if follows else f" There are no p-values any more: {why}."
+    if kept_times:
+        said += " What SES kept of the run's other times is left out, for those banks are the old ones."
     get_console().print(said, soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def _require_new(path: Path) -> None:
+    if path.exists():
+        raise PandaError(f"{path} exists: choose another --output, or remove it.")
 
 
 def _patterns(like: str) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from panda_lightning.formulas.conformal import flagged, p_values
 from panda_lightning.types import PandaError
@@ -23,8 +25,9 @@ class Certificate:
         source: The pictures.
         tolerance: A score may differ from the detector's by this times the larger of that one's size and ``unit``.
         runtime: What ran the file.
+        stored: What was found in it bit for bit.
         images: How many pictures were compared.
-        unit: The median score of normal images, or, without a calibration, of these.
+        unit: The median score of normal images, or, where none is known, of these.
         largest: Largest difference of scores, as a share of the same.
         largest_map: That of maps, likewise, ``unit`` being the median of the largest value of each.
         reordered: Pairs of pictures whose scores have another order; all are ties within the tolerance.
@@ -34,6 +37,7 @@ class Certificate:
     source: str
     tolerance: float
     runtime: str = ""
+    stored: tuple[str, ...] = ()
     images: int = 0
     unit: float = 0.0
     largest: float = 0.0
@@ -44,11 +48,34 @@ class Certificate:
     def words(self) -> str:
         """For people."""
         maps = "" if self.largest_map is None else f", of maps {self.largest_map:.1e}"
+        stored = f"; {' and '.join(self.stored)} stored bit for bit" if self.stored else ""
         return (
             f"{self.images} pictures ({self.source}) agree in {self.runtime}: largest relative difference of scores "
             f"{self.largest:.1e}{maps} (tolerance {self.tolerance:g}), pairs in another order {self.reordered}, other "
-            f"decisions {self.redecided}"
+            f"decisions {self.redecided}{stored}"
         )
+
+
+def require_stored(path: Path, held: dict[str, Tensor]) -> tuple[str, ...]:
+    """Find what no picture may touch, rows of a bank and scores of a calibration, in a file bit for bit.
+
+    Raises:
+        PandaError: If it is not there.
+    """
+    if path.suffix == ".pt2":
+        program = torch.export.load(path)
+        tensors = (*program.state_dict.values(), *program.constants.values())
+        there = [t.detach().numpy() for t in tensors if isinstance(t, Tensor)]
+    else:
+        import onnx
+
+        there = [onnx.numpy_helper.to_array(t, str(path.parent)) for t in onnx.load(path).graph.initializer]
+    for name, tensor in held.items():
+        wanted = tensor.numpy()
+        alike = [found for found in there if found.dtype == wanted.dtype and found.size == wanted.size]
+        if not any(np.array_equal(f.ravel(), w.ravel()) for f in alike for w in (wanted, wanted.T)):
+            raise PandaError(f"the {name} is not in it as it is in the detector")
+    return tuple(held)
 
 
 def in_onnxruntime(path: Path) -> tuple[Run, str]:
@@ -66,9 +93,7 @@ def in_onnxruntime(path: Path) -> tuple[Run, str]:
 
 def in_torch(path: Path, names: list[str]) -> tuple[Run, str]:
     """The same for a program of torch.export."""
-    import torch
-
-    program = torch.export.load(path).module()
+    program: Any = torch.export.load(path).module()
 
     def run(images: Array) -> dict[str, Array]:
         with torch.no_grad():
@@ -96,6 +121,7 @@ def compare(
     found: dict[str, Array],
     calibration: Array | None,
     level: float | None,
+    normal: Array | None = None,
 ) -> None:
     """Fill in a certificate.
 
@@ -105,13 +131,14 @@ def compare(
         found: The file's, with p_value and anomalous where there is a calibration.
         calibration: Scores of normal images.
         level: Of the decision.
+        normal: Scores of normal images where there is no calibration.
 
     Raises:
         PandaError: If anything differs beyond the tolerance.
     """
     certificate.images = len(reference["score"])
-    normal = reference["score"] if calibration is None else calibration
-    certificate.unit = float(np.median(np.abs(normal)))
+    known = (calibration, normal, reference["score"])
+    certificate.unit = next((m for m in (float(np.median(np.abs(k))) for k in known if k is not None) if m), 1.0)
     for name, one in reference.items():
         other, unit = found[name].astype(np.float64), certificate.unit if name == "score" else 1.0
         scale = np.maximum(np.abs(one), unit)
@@ -130,15 +157,16 @@ def compare(
     slack = certificate.tolerance * np.maximum(np.abs(one), certificate.unit)
     least, most = (p_values(calibration, one + sign * slack) for sign in (1, -1))
     wrong = ~((found["p_value"] >= least - 1e-12) & (found["p_value"] <= most + 1e-12))
-    if level is not None:
-        wrong |= found["anomalous"] != flagged(found["p_value"], level)
-        certificate.redecided = int((found["anomalous"] != flagged(p_values(calibration, one), level)).sum())
     if wrong.any():
         worst = int(np.argmax(wrong))
         raise PandaError(
             f"the p-value of picture {worst} is {found['p_value'][worst]:.4g} in the file, where the detector's score "
             f"allows {least[worst]:.4g} to {most[worst]:.4g}"
         )
+    if level is not None:
+        if (wrong := found["anomalous"] != flagged(found["p_value"], level)).any():
+            raise PandaError(f"the decision on picture {int(np.argmax(wrong))} is not that of its p-value")
+        certificate.redecided = int((found["anomalous"] != flagged(p_values(calibration, one), level)).sum())
 
 
 def compare_maps(certificate: Certificate, largest: Array, gaps: Array) -> None:

@@ -7,7 +7,7 @@ as its users will, compared with the detector on pictures, and not left behind w
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -38,6 +38,7 @@ from panda_lightning.tools.certificate import (
     generated,
     in_onnxruntime,
     in_torch,
+    require_stored,
     scored,
 )
 from panda_lightning.types import PandaError
@@ -54,7 +55,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--ckpt_path", type=Path, required=True, help="The checkpoint of a detector.")
     add("-o", "--output", type=Path | None, default=None, help="The file; by default detector.onnx or detector.pt2.")
     add("--format", type=Literal["onnx", "torch"], default="onnx", help="onnx, or torch: a program of torch.export.")
-    add("--verify", type=Path | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
+    add("--verify", type=str | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
     add("--half", type=bool, default=False, help="Keep weights and bank in float16: half the size, other digits.")
     add("--tolerance", type=Positive | None, default=None, help="Of scores; by default 1e-4, or 1e-2 with --half.")
     add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if it is possible.")
@@ -68,9 +69,7 @@ def run(config: Namespace) -> int:
     output = config.output or Path(f"detector{ending}")
     if output.suffix != ending:
         raise PandaError(f"--output={output} is to be a file for {config.format}: let its name end in {ending}.")
-    for path in (output, _beside(output)):
-        if path.exists():
-            raise PandaError(f"{path} exists: choose another --output, or remove it.")
+    _require_new(output)
     if config.format == "onnx":
         _require_packages()
         _require_opset(config.opset)
@@ -127,6 +126,7 @@ def export(
         except PandaError as error:
             raise PandaError(f"{output} is not kept, for it does not give the detector's scores: {error}.") from error
         _append(part, proof)
+        _require_new(output)  # once more: work takes time
         for path in (_beside(part), part):
             if path.exists():
                 path.replace(output.parent / path.name)
@@ -164,16 +164,18 @@ def _traced(module: nn.Module, whole: Exported) -> Any:
 
 def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, pictures: Loose | None) -> None:
     """Score pictures by file and by detector, a few at a time, and compare."""
+    proof.stored = require_stored(path, whole.held())
     run, proof.runtime = in_torch(path, whole.outputs) if path.suffix == ".pt2" else in_onnxruntime(path)
     reference = Reference(checkpoint, whole)
-    sources = generated() if pictures is None else pictures.sources
+    sources: Sequence[Source] = generated() if pictures is None else pictures.sources
     parts: list[tuple[dict[str, Array], dict[str, Array]]] = []
     maps: list[Array] = []
     for start in track(range(0, len(sources), STEP), "Comparing", transient=True):
-        shown = [reference.opened(source) for source in sources[start : start + STEP]]
-        seen = [picture for picture in shown if picture is not None]
+        pairs = [(source, reference.opened(source)) for source in sources[start : start + STEP]]
+        seen = [source for source, picture in pairs if picture is not None]
         if seen:
-            one, other = reference.scores(seen), scored(run, seen if whole.view else reference.fitted(seen))
+            shown = [picture for _, picture in pairs if picture is not None]
+            one, other = reference.scores(seen), scored(run, shown)
             if "map" in one:
                 gaps = np.abs(one["map"] - other["map"]).max(axis=(1, 2))
                 maps.append(np.stack([one.pop("map").max(axis=(1, 2)), gaps]))
@@ -183,7 +185,7 @@ def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, 
         raise PandaError("none of the pictures to compare with can be read")
     one, other = ({k: np.concatenate([part[i][k] for part in parts]) for k in parts[0][i]} for i in (0, 1))
     calibration = None if whole.calibration is None else whole.calibration.numpy()
-    compare(proof, one, other, calibration, whole.level)
+    compare(proof, one, other, calibration, whole.level, reference.normal())
     if maps:
         compare_maps(proof, *np.concatenate(maps, axis=1))
 
@@ -195,29 +197,35 @@ class Reference:
         self.detector = in_float32(from_checkpoint(checkpoint))
         self.ses = None if whole.ses is None else snapshots(self.detector, checkpoint)
         self.view = View.of(self.detector.origin["view"])  # type: ignore[index]  # from_checkpoint has required it
+        self.resizes = whole.view is not None
 
     def opened(self, source: Source) -> Array | None:
-        """A picture (H, W, 3), None where it cannot be read."""
+        """A picture (H, W, 3) as the file takes it, None where it cannot be read."""
         try:
-            return np.asarray(self.view.open(source).rgb(self.view.intensity))
+            found = self.view.open(source)
+            if self.resizes:
+                return np.asarray(found.rgb(self.view.intensity))
+            return self.view.fit(found).transpose(1, 2, 0)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
 
-    def fitted(self, pictures: list[Array]) -> list[Array]:
-        """Pictures at their final size."""
-        return [self.view(picture).transpose(1, 2, 0) for picture in pictures]
-
     @torch.inference_mode()
-    def scores(self, pictures: list[Array]) -> dict[str, Array]:
+    def scores(self, sources: list[Source]) -> dict[str, Array]:
         """Its scores (N,), and maps."""
-        found = self.detector.score(pictures)
+        found = self.detector.score(sources)
         scores: dict[str, Array] = {"score": found.score}
         if found.maps is not None:
             scores["map"] = found.maps
         if self.ses is not None:
-            batch: Any = {"image": torch.from_numpy(np.stack([self.view(picture) for picture in pictures]))}
+            batch: Any = {"image": torch.from_numpy(np.stack([self.view(source) for source in sources]))}
             scores["ses_score"] = self.ses.scores(self.detector, batch).double().numpy()
         return scores
+
+    def normal(self) -> Array | None:
+        """Scores of normal images, if any are known."""
+        found = self.detector.calibration
+        others = self.detector.leave_one_out() if found is None else torch.from_numpy(found.scores)
+        return None if others is None else others.numpy()
 
 
 def _append(path: Path, proof: Certificate) -> None:
@@ -233,6 +241,12 @@ def _append(path: Path, proof: Certificate) -> None:
     entry = onnx.StringStringEntryProto(key="certificate", value=text)
     with path.open("ab") as file:  # messages of protobuf that follow one another are one
         file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def _require_new(output: Path) -> None:
+    for path in (output, _beside(output)):
+        if path.exists():
+            raise PandaError(f"{path} exists: choose another --output, or remove it.")
 
 
 def _beside(path: Path) -> Path:

@@ -205,8 +205,9 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
         else:
             for held in (program.state_dict, program.constants):
                 for name in [name for name, t in held.items() if suits(list(t.shape))][:1]:
-                    held[name] = held[name].detach().clone()  # the detector's own stays
-                    change(held[name])
+                    changed = held[name].detach().clone()  # the detector's own stays
+                    change(changed)
+                    held[name] = torch.nn.Parameter(changed, False) if held is program.state_dict else changed
             real(program, whole, file, size, opset)
 
     def suits(shape):

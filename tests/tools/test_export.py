@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from panda_lightning import DN2, PANDA, PandaError, PatchCore, SampleWiseEarlyStopping
+from panda_lightning import DN2, PANDA, SPADE, PandaError, SampleWiseEarlyStopping
 from panda_lightning.detectors.exported import from_checkpoint
 from panda_lightning.pictures.loose import pointed_at
 from panda_lightning.pictures.pixels import Intensity
@@ -34,7 +34,6 @@ FAMILIES = {
     "mobilenetv3_small_050": 64,
     "regnetx_002": 64,
     "convnext_atto": 64,
-    "vit_tiny_patch16_224": 224,
 }
 
 
@@ -91,11 +90,12 @@ def test_every_family_of_networks(tmp_path, folder, name):
     assert json.loads(facts(tmp_path / "detector.onnx")["network"])["architecture"] == name
 
 
-def test_patches_of_a_vision_transformer(tmp_path, folder):
+def test_features_and_patches_of_a_vision_transformer(tmp_path, folder):
     save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "w.safetensors")
-    detector = PatchCore("vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), coreset=0.2)
+    detector = SPADE("vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), k=2, levels=(2, 4))
     path = saved(detector, folder, tmp_path, image_size=224)
-    assert export.export(path, tmp_path / "detector.onnx").largest_map < 1e-4
+    proof = export.export(path, tmp_path / "detector.onnx", pointed_at(folder / "test/stripe"))
+    assert max(proof.largest, proof.largest_map) < 1e-4
 
 
 def test_ses_has_the_networks_of_all_times(tmp_path, folder):
@@ -183,12 +183,11 @@ def test_the_example_needs_neither_this_package_nor_torch(tmp_path, folder):
 def test_half_is_half_as_large_and_says_what_it_costs(tmp_path, folder):
     path = saved(DN2("panda_tiny"), folder, tmp_path)
     wide, narrow = (export.export(path, tmp_path / f"{half}.onnx", half=half) for half in (False, True))
-    assert wide.largest < 1e-5 < narrow.largest < narrow.tolerance == 1e-2
+    assert wide.largest < 1e-5 < narrow.largest < 1e-2 < narrow.tolerance == 5e-2
     assert (tmp_path / "True.onnx").stat().st_size < 0.55 * (tmp_path / "False.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("what", ["weight", "bank row"])
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize(("kind", "what"), [("onnx", "weight"), ("onnx", "bank row"), ("pt2", "bank row")])
 def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatch, capsys, what, kind):
     path = saved(DN2("panda_tiny"), folder, tmp_path)
     output = tmp_path / f"out/detector.{kind}"
@@ -203,11 +202,9 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
             onnx.save(model, file)
         else:
-            for held in (program.state_dict, program.constants):
-                for name in [name for name, t in held.items() if suits(list(t.shape))][:1]:
-                    changed = held[name].detach().clone()  # the detector's own stays
-                    change(changed)
-                    held[name] = torch.nn.Parameter(changed, False) if held is program.state_dict else changed
+            name = next(name for name, t in program.constants.items() if suits(list(t.shape)))
+            program.constants[name] = program.constants[name].detach().clone()  # the detector's own stays
+            change(program.constants[name])
             real(program, whole, file, size, opset)
 
     def suits(shape):

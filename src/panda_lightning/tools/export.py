@@ -44,7 +44,7 @@ from panda_lightning.tools.certificate import (
 from panda_lightning.types import PandaError
 
 HELP = "Write a detector to one ONNX or torch.export file that is proven to give the same scores."
-TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 LARGEST = 2**31 - 2**20  # bytes of an ONNX file in one piece
 STEP = 16  # pictures that are compared at a time
 
@@ -57,7 +57,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--format", type=Literal["onnx", "torch"], default="onnx", help="onnx, or torch: a program of torch.export.")
     add("--verify", type=str | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
     add("--half", type=bool, default=False, help="Keep weights and bank in float16: half the size, other digits.")
-    add("--tolerance", type=Positive | None, default=None, help="Of scores; by default 1e-4, or 1e-2 with --half.")
+    add("--tolerance", type=Positive | None, default=None, help="Of scores; by default 1e-4, or 5e-2 with --half.")
     add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if it is possible.")
     add("--input", type=Literal["any", "final"], default="any", help="Pictures of any size, or resized by the caller.")
     add("--opset", type=Annotated[int, Bounds(18)] | None, default=None, help="Of ONNX; by default torch's.")
@@ -102,7 +102,7 @@ def export(
         alpha: Level of the decision.
         half: Keep weights and bank in float16.
         opset: Of ONNX.
-        tolerance: Of scores, see Certificate; None is 1e-4, or 1e-2 with half.
+        tolerance: Of scores, see Certificate; None is 1e-4, or 5e-2 with half.
 
     Raises:
         PandaError: If the detector cannot be exported, or the file does not agree with it; then it is not kept.
@@ -170,7 +170,8 @@ def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, 
     sources: Sequence[Source] = generated() if pictures is None else pictures.sources
     parts: list[tuple[dict[str, Array], dict[str, Array]]] = []
     maps: list[Array] = []
-    for start in track(range(0, len(sources), STEP), "Comparing", transient=True):
+    starts = range(0, len(sources), STEP)
+    for start in track(starts, "Comparing", transient=True, disable=not get_console().is_terminal):
         pairs = [(source, reference.opened(source)) for source in sources[start : start + STEP]]
         seen = [source for source, picture in pairs if picture is not None]
         if seen:

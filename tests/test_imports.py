@@ -11,7 +11,7 @@ LAYERS = [
     {"arguments", "runtime.whole"},
     {
         "formulas.conformal", "formulas.feature_health", "formulas.losses", "formulas.metrics",
-        "formulas.pixel_metrics", "networks.augment", "networks.folding",
+        "formulas.pixel_metrics", "formulas.uncertainty", "networks.augment", "networks.folding",
         "networks.scratch", "runtime.checkpoints", "runtime.features",
         "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },

@@ -307,21 +307,30 @@ def main(args: ArgsType = None) -> None:
     """
     silence()
     try:
-        PandaCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=OneSentenceParser,
-            auto_configure_optimizers=False,
-            trainer_defaults={"num_sanity_val_steps": 0},
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"version": VERSION},
-            args=args,
-        )
+        run(args)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         end_in_a_sentence(error)
+
+
+def run(args: ArgsType = None, kind: type[PandaCLI] = PandaCLI) -> PandaCLI:
+    """Run the command line, errors and all.
+
+    Returns:
+        What has run, with its trainer, model and data module.
+    """
+    return kind(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=OneSentenceParser,
+        auto_configure_optimizers=False,
+        trainer_defaults={"num_sanity_val_steps": 0},
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"version": VERSION},
+        args=args,
+    )
 
 
 def _refusal(error: BaseException | None) -> PandaError | None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from panda_lightning.arguments import Count
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.networks.pyramid import positions, resized
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
@@ -127,6 +128,12 @@ class DN2(PretrainedDetector):
         super().accept(data)
         if self.bank is None and self.k > (size := len(data.normal_images)):
             raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+
+    @override
+    def on_test_start(self) -> None:
+        if self.prefix_cache_dir is not None and not self.learns:  # `panda table` asks for it: runs share test images
+            for loader in (self.data.normal_dataloader(), self.data.test_dataloader()):
+                cache_prefix(self.trainer, self.backbone, loader, 0, False, self.prefix_cache_dir)
 
     # ---- the bank ------------------------------------------------------------------------------------------------
 

@@ -231,7 +231,8 @@ class Backbone(nn.Module):
             images: (B, 3, H, W) uint8, or the output of this function.
 
         Returns:
-            The input of the first adapted layer, (B, C, h, w) or (B, N, C) for a ViT, without gradient.
+            The input of the first adapted layer, (B, C, h, w) or (B, N, C) for a ViT, without gradient; where no layer
+            is adapted, the features (B, D).
         """
         if images.dtype != torch.uint8:
             return images.to(self.mean.dtype)
@@ -246,7 +247,8 @@ class Backbone(nn.Module):
 
     def _prefix(self, images: Tensor) -> Tensor:
         x = self._normalized(images)
-        return self._compiled_frozen(self._frozen_layers(x), x)
+        x = self._compiled_frozen(self._frozen_layers(x), x)
+        return x if self._split < len(self.pieces) else as_timm(self.model).forward_head(x, pre_logits=True)
 
     def _normalized(self, images: Tensor) -> Tensor:
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -267,6 +269,8 @@ class Backbone(nn.Module):
 
     def suffix(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and pool: the output of ``prefix`` -> (B, D) features."""
+        if self._split == len(self.pieces):
+            return hidden
         x = self._compiled_adapted(self._layers(self.pieces[self._split :]), hidden)
         return cast(Tensor, as_timm(self.model).forward_head(x, pre_logits=True))
 

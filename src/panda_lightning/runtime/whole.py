@@ -91,6 +91,26 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)  # which also gives the lock back
 
 
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Whether this process has a file to itself, if nobody else has; for as long as it is within.
+
+    File systems without locks let all of them have it.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
 def _hold(handle: int) -> None:
     """Lock as long as this process lives, so that others know that it does."""
     with suppress(OSError):  # a file system without locks

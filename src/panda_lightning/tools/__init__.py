@@ -8,7 +8,7 @@ from pathlib import Path
 
 from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, silence
 from panda_lightning.runtime.whole import require_folder
-from panda_lightning.tools import bank, check_data, export, fisher, gallery, suspects
+from panda_lightning.tools import bank, check_data, export, fisher, gallery, suspects, table
 from panda_lightning.types import PandaError
 
 TOOLS = {
@@ -18,6 +18,7 @@ TOOLS = {
     "fisher": fisher,
     "gallery": gallery,
     "suspects": suspects,
+    "table": table,
 }
 
 

@@ -1,0 +1,161 @@
+"""Tables of runs: the numbers of separate runs, each once, whatever happens in between."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from panda_lightning import PandaError
+from panda_lightning.cli import run as command
+from panda_lightning.tools import main
+from panda_lightning.tools.rows import Rows, planned, spread
+
+HOME = Path(__file__).parents[2]
+WORDS = ["--trainer.max_epochs=2", "--data.image_size=32", "--data.train_limit=40", "--data.test_limit=120"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def study(workdir):
+    """Digits with the bundled network; a variant that fails beside the real ones."""
+    for name in ("digits.yaml", "variants"):
+        (workdir / name).symlink_to(HOME / "conf" / name)
+    (workdir / "wrong.yaml").write_text("model: {class_path: DN2, init_args: {k: 4000}}\n")
+    return planned(["digits.yaml"], ["dn2", "early", "ses"], ["8", "9"], [0], WORDS)
+
+
+def curves(folder):
+    return {found.row.name: (found.curve, found.error) for found in Rows(Path(folder)).read()}
+
+
+def test_rows_are_those_of_separate_runs_in_any_order(study, workdir):
+    made = [found for _, found in Rows(workdir / "one").make(study)]
+    assert [found.error for found in made] == [None] * 6
+    list(Rows(workdir / "other").make(study[::-1]))
+    assert curves("one") == curves("other")
+    for row, found in list(zip(study, made, strict=True))[3:]:
+        logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir=alone/{row.name}"]
+        cli = command([*row.words, *logger, "--trainer.enable_progress_bar=false"])
+        kept = Rows(workdir / "one").scores(row)
+        if row.method != "ses":
+            np.testing.assert_array_equal(kept["score"], cli.model.scores.score.numpy())
+        assert found.auroc == pytest.approx(roc_auc_score(kept["label"], kept["score"]), abs=1e-12)
+        assert len(found.curve) == (1 if row.method == "dn2" else 3)
+
+
+def test_what_is_there_is_not_run_again(study, workdir):
+    rows = Rows(workdir / "table")
+    first = next(iter(rows.make(study)))[1]
+    found = {row.name: one for row, one in Rows(workdir / "table").make(study)}
+    assert first is not None
+    assert found[study[0].name] is None
+    assert None not in [found[row.name] for row in study[1:]]
+
+
+def test_a_run_that_fails_is_a_row_and_the_others_go_on(study, workdir, capsys):
+    words = ["table", "--config=digits.yaml", "--methods=wrong.yaml,dn2", "--classes=9", f"--words={' '.join(WORDS)}",
+             "--folder=table"]  # fmt: skip
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "Digits, 9, wrong, seed 0: failed (k=4000 neighbours, but there are" in out
+    assert "| 9 | " in out
+    rows = {row["method"]: row for row in csv.DictReader((workdir / "table/table.csv").read_text().splitlines())}
+    assert rows["wrong"]["auroc"] == ""
+    assert rows["wrong"]["error"].startswith("k=4000 neighbours")
+    assert 0.5 < float(rows["dn2"]["low"]) < float(rows["dn2"]["auroc"]) < float(rows["dn2"]["high"]) < 1
+    assert main(words) == 1  # neither is run again
+    assert "seed 0: failed" not in capsys.readouterr().out.split("Failed:")[0]
+    assert main([*words, "--again=true"]) == 1
+    assert "wrong, seed 0: failed" in capsys.readouterr().out
+
+
+def test_a_table_says_means_differences_and_what_is_missing(study, workdir, capsys):
+    words = ["table", "--config=digits.yaml", "--methods=dn2,early", "--classes=8,9", f"--words={' '.join(WORDS)}"]
+    assert main([*words, "--folder=a", "--shard=1/2"]) == 0
+    assert "2 runs are not there yet." in capsys.readouterr().out
+    assert main([*words, "--folder=b", "--shard=2/2"]) == 0
+    capsys.readouterr()
+    assert main(["table", "--merge=a,b", "--folder=both"]) == 0
+    merged = capsys.readouterr().out
+    assert main([*words, "--folder=whole"]) == 0
+    tables = [sorted(csv.DictReader(Path(f, "table.csv").read_text().splitlines()), key=str) for f in ("both", "whole")]
+    for one, other in zip(*tables, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    aurocs = [float(row["auroc"]) for row in tables[0] if row["method"] == "dn2"]
+    assert f"| dn2 | 2 | {100 * np.mean(aurocs):.2f} [" in merged
+    assert "| dn2 - early |" in merged
+
+
+def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdir):
+    code = (
+        "import sys; from pathlib import Path; from panda_lightning.tools.rows import Rows, planned\n"
+        f"plan = planned(['digits.yaml'], ['dn2', 'early', 'ses'], ['8', '9'], [0], {WORDS!r})\n"
+        "list(Rows(Path('killed')).make(plan)); print('DONE')\n"
+    )
+    list(Rows(workdir / "table").make(study))
+    for wait in (4.0, 6.0, 8.0, 60.0):
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, env=os.environ)
+        try:
+            out, _ = process.communicate(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            out, _ = process.communicate()
+        if b"DONE" in out:
+            break
+    assert b"DONE" in out
+    assert curves("killed") == curves("table")
+    for row in study:
+        one, other = (Rows(workdir / folder).scores(row) for folder in ("killed", "table"))
+        np.testing.assert_array_equal(one["score"], other["score"])
+
+
+def test_two_processes_share_the_work_of_a_folder(study, workdir):
+    first, second = Rows(workdir / "table").make(study), Rows(workdir / "table").make(study)
+    iterator = iter(first)
+    begin = time.monotonic()
+    made = [next(iterator)]  # holds no lock between rows
+    made += [*second, *iterator]
+    assert sum(found is not None for _, found in made) == len(study)
+    assert time.monotonic() - begin < 120
+    assert len(list((workdir / "table/rows").glob("*.json"))) == len(study)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--config is missing"),
+        (("--config=nothing.yaml",), "nothing.yaml cannot be read as a configuration"),
+        (("--config=digits.yaml", "--methods=other"), "variants/other.yaml cannot be read"),
+        (("--config=digits.yaml", "--methods=dn2,dn2"), "the method dn2 is named twice"),
+        (("--config=digits.yaml", "--seeds=a"), "--seeds=a are not whole numbers"),
+        (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is no part"),
+        (("--merge=x",), "--merge needs --folder"),
+        (("--merge=x", "--folder=y"), "x has no rows"),
+    ],
+)
+def test_what_is_not_possible_ends_in_a_sentence(study, words, said):
+    with pytest.raises(SystemExit) as ended:
+        main(["table", *words])
+    assert said in str(ended.value.code)
+
+
+def test_shards_are_a_partition(study):
+    parts = [spread(study, f"{i}/4") for i in range(1, 5)]
+    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in study)
+    with pytest.raises(PandaError, match="is no part"):
+        spread(study, "0/4")
+
+
+def test_rows_say_what_made_them(study, workdir):
+    list(Rows(workdir / "table").make(study[:1]))
+    known = json.loads(next((workdir / "table/rows").glob("*.json")).read_text())
+    assert known["row"]["words"][0] == "test"
+    assert known["version"].count("torch") == 1

@@ -1,3 +1,4 @@
+import warnings
 from itertools import combinations, product
 
 import numpy as np
@@ -111,7 +112,9 @@ def test_weights_of_one_give_the_auroc_of_the_package(levels):
 
 
 def test_a_kind_that_weighs_nothing_has_no_auroc():
-    found = aurocs(np.array([1.0, 2, 3]), np.array([0, 0, 1]), np.array([[1, 1, 0], [1, 0, 1]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = aurocs(np.array([1.0, 2, 3]), np.array([0, 0, 1]), np.array([[1, 1, 0], [1, 0, 1]]))
     np.testing.assert_array_equal(found, [np.nan, 1])
 
 
@@ -190,7 +193,7 @@ def test_groups_are_the_own_classes_unless_given():
     one, other, labels, own = classes(7)
     assert interval(one, labels) == interval(one, labels, own) == interval(one, labels, np.array(list("dbca"))[own])
     assert difference(one, other, labels) == difference(one, other, labels, own)
-    assert interval(one[0], labels[0]) == interval(one[0], labels[0], labels[0])
+    assert interval(one[0], labels[0]) == interval(one[0], labels[0], labels[0]) == interval(one[0], 1 * labels[0])
     assert interval(one[0], labels[0]) != interval(one[0], labels[0], own)
     np.testing.assert_allclose(interval(one, labels).value, np.mean([
         roc_auc_score(y, s) for s, y in zip(one, labels, strict=True)]))  # fmt: skip

@@ -144,7 +144,11 @@ def reliable(value: float, rare: int) -> bool:
     """Whether an interval about this AUROC holds its level, for so many images of the rarer kind (normal or anomalous).
 
     The rule is (1 - AUROC) * images >= 5: about five images' worth are ranked wrong. For a mean, those images count
-    that are of the rarer kind in any row. RESULTS An AUROC below .5 is judged as its mirror image.
+    that are of the rarer kind in any row. In experiments/coverage.py 95 % intervals hold the truth in 93 to 96 % of
+    draws where the true AUROC satisfies the rule, for light and heavy tails. Where the product is 1 this is 83 to 95 %,
+    and at .1 it falls to 77 %: the anomaly that looks normal is then mostly not in the sample, and nothing in the
+    sample tells. An estimate may also satisfy the rule by chance, with a truth that does not. An AUROC below .5 is
+    judged as its mirror image.
     """
     return min(value, 1 - value) * rare >= LEAST - 1e-9
 

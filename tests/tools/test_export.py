@@ -180,13 +180,6 @@ def test_the_example_needs_neither_this_package_nor_torch(tmp_path, folder):
         assert float(words[words.index("p_value") + 1]) == pytest.approx(p)
 
 
-def test_half_is_half_as_large_and_says_what_it_costs(tmp_path, folder):
-    path = saved(DN2("panda_tiny"), folder, tmp_path)
-    wide, narrow = (export.export(path, tmp_path / f"{half}.onnx", half=half) for half in (False, True))
-    assert wide.largest < 1e-5 < narrow.largest < 1e-2 < narrow.tolerance == 5e-2
-    assert (tmp_path / "True.onnx").stat().st_size < 0.55 * (tmp_path / "False.onnx").stat().st_size
-
-
 @pytest.mark.parametrize(("kind", "what"), [("onnx", "weight"), ("onnx", "bank row"), ("pt2", "bank row")])
 def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatch, capsys, what, kind):
     path = saved(DN2("panda_tiny"), folder, tmp_path)
@@ -343,7 +336,7 @@ def test_a_checkpoint_of_another_class_or_without_a_bank_is_refused(tmp_path, fo
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "somebody.Elses"
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(PandaError, match=r"is of somebody.Elses, which is no detector here: known are DN2, "):
+    with pytest.raises(PandaError, match=r"is of somebody.Elses, which is no detector here: known are .*DN2, "):
         export.export(tmp_path / "other.ckpt", tmp_path / "d.onnx")
     checkpoint["hyper_parameters"]["_class_path"] = "panda_lightning.DN2"
     checkpoint["state_dict"]["_extra_state"]["derived"]["bank"] = None

@@ -51,31 +51,38 @@ def _resized(
     """
     cut = cut or (_number(0),) * 2
     down, across = (
-        _weights(images.shape[dim], _length(images, dim), margin, n, start, count, how)
+        _weights(images.shape[dim], _length(images, dim), margin, n, start, count, how, dim)
         for dim, margin, n, start in zip((2, 3), cut, target, first, strict=True)
     )
     x = images.double()
-    found = _weighted(down, _weighted(across, x.mT).mT)
+    found = _rounded(down @ _rounded(x @ across))
     if HEIGHT_FIRST:
         shrunk, narrowed = (
             _length(images, dim) - 2 * margin - n for dim, margin, n in zip((2, 3), cut, target, strict=True)
         )
-        other = _weighted(across, _weighted(down, x).mT).mT
+        other = _rounded(_rounded(down @ x) @ across)
         found = torch.where(shrunk > 2 * narrowed.clamp(min=0), other, found)
     return found.to(torch.uint8)
 
 
-def _weights(size: int, length: Tensor, cut: Tensor, target: Tensor, first: Tensor, count: int, how: str) -> Tensor:
-    """Pillow's weights of the pixels of one side for ``count`` pixels of what comes out: (count, size), whole numbers.
+def _weights(
+    size: int, length: Tensor, cut: Tensor, target: Tensor, first: Tensor, count: int, how: str, dim: int
+) -> Tensor:
+    """Pillow's weights of the pixels of one side for ``count`` pixels of what comes out, whole numbers.
 
-    They are those of a triangle or of Keys' cubic (a = -.5), as wide as the step from one pixel to the next.
+    They are those of a triangle or of Keys' cubic (a = -.5), as wide as the step from one pixel to the next. Products
+    with pixels are exact in float64.
+
+    Returns:
+        (count, size) to multiply from the left, for the height (``dim`` 2), or (size, count) from the right.
     """
-    place = torch.arange(size, dtype=torch.float64, device=length.device) - cut
+    old, new = (1, 0) if dim == 2 else (0, 1)
+    place = (torch.arange(size, dtype=torch.float64, device=length.device) - cut).unsqueeze(new)
     length = length - 2 * cut
     step = length / target
     width = step.clamp(min=1)
     reach = width * (1 if how == "bilinear" else 2)
-    centre = ((first + torch.arange(count, dtype=torch.float64, device=length.device) + 0.5) * step).unsqueeze(1)
+    centre = ((first + torch.arange(count, dtype=torch.float64, device=length.device) + 0.5) * step).unsqueeze(old)
     low = (centre - reach + 0.5).trunc().clamp(min=0)
     high = torch.minimum((centre + reach + 0.5).trunc(), length)
     x = ((place - centre + 0.5) / width).abs()
@@ -85,13 +92,12 @@ def _weights(size: int, length: Tensor, cut: Tensor, target: Tensor, first: Tens
         near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
         curve = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     curve = torch.where((place >= low) & (place < high), curve, 0.0)
-    scaled: Tensor = curve / curve.sum(dim=1, keepdim=True) * ONE
+    scaled: Tensor = curve / curve.sum(dim=old, keepdim=True) * ONE
     return (scaled.abs() + 0.5).floor() * scaled.sign()
 
 
-def _weighted(weights: Tensor, pixels: Tensor) -> Tensor:
-    """Sums along the last side but one, rounded to 8 bits; products of whole numbers are exact in float64."""
-    sums = weights @ pixels
+def _rounded(sums: Tensor) -> Tensor:
+    """Weighted sums of pixels as 8 bits."""
     return (sums / ONE + 0.5).floor().clamp(0, 255)
 
 

@@ -39,10 +39,12 @@ class TracedIndex(KNNIndex):
 
     def _nearest(self, queries: Tensor, bank: Tensor, k: int) -> Tensor:
         """The numbers (..., B, k) of the k rows of a bank (..., N, D) that are nearest to queries (..., B, D)."""
-        wide, found = queries.double(), []
+        # Signs and factors stand where they keep onnxruntime from joining a product in float64 with a transposition,
+        # for which it has no kernel in versions up to 1.24.
+        wide, found = -queries.double(), []
         for start in range(0, bank.shape[-2], self.ROWS):
             rows = bank[..., start : start + self.ROWS, :].double()
-            near = rows.square().sum(dim=-1).unsqueeze(-2) - 2 * wide @ rows.mT  # but for |q|^2
+            near = rows.square().sum(dim=-1).unsqueeze(-2) + wide @ (2 * rows.mT)  # but for |q|^2
             value, row = near.topk(min(k, rows.shape[-2]), largest=False)
             found.append((value, row + start))
             if len(found) > 1:

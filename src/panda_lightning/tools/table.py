@@ -1,7 +1,7 @@
 """``panda table --config conf/cifar10.yaml --methods dn2,early,ewc --seeds 0,1``: all normal classes, in one table.
 
-Runs go on where they stopped; what is there is not run again. The folder holds ``table.csv`` (a line a run),
-``table.md`` and ``table.tex`` beside the rows, logs and checkpoints.
+Runs go on where they stopped; what is there is not run again. The folder holds ``table.csv`` (a line a run)
+and ``table.md`` beside the rows, logs and checkpoints.
 """
 
 import csv

@@ -6,7 +6,7 @@ from typing import Any
 
 import PIL
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -157,7 +157,7 @@ class Exported(nn.Module):
 
 
 class Half(nn.Module):
-    """The same, whose weights are kept in float16 and widened before use."""
+    """The graph of Exported with its weights in float16, which are widened before use."""
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()
@@ -172,17 +172,27 @@ class Half(nn.Module):
         return found
 
 
+def kept_times(path: str | Path) -> dict[str, Any] | None:
+    """The state of SES in a checkpoint whose run kept networks and banks of several times."""
+    states = read_tensors(path, mmap=True).get("callbacks", {})
+    state = next((s for name, s in states.items() if name.startswith(SampleWiseEarlyStopping.__name__)), None)
+    return state if state and state["kept"] else None
+
+
 def snapshots(
     detector: Detector, path: str | Path, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> SampleWiseEarlyStopping | None:
-    """SES with the networks and banks of all times that the checkpoint's run kept, if it did."""
-    states = read_tensors(path, mmap=True).get("callbacks", {})
-    state = next((s for name, s in states.items() if name.startswith(SampleWiseEarlyStopping.__name__)), None)
-    if not state or not state["kept"]:
+    """SES with the networks and banks of all kept times, if they are there."""
+    state = kept_times(path)
+    if state is None:
         return None
     ses = SampleWiseEarlyStopping(keep_snapshots=True)
     ses.load_state_dict(state)
-    ses.load(detector, path, keep)
+    try:
+        ses.load(detector, path, keep)
+    except PandaError as error:
+        rank_zero_warn(f"The file has no ses_score: {error}")
+        return None
     return ses
 
 

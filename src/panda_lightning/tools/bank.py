@@ -9,7 +9,7 @@ from rich import get_console
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.detectors import banks
 from panda_lightning.detectors.base import Detector
-from panda_lightning.detectors.exported import from_checkpoint, snapshots
+from panda_lightning.detectors.exported import from_checkpoint, kept_times
 from panda_lightning.pictures.loose import LISTS, listed_paths
 from panda_lightning.runtime.checkpoints import WholeCheckpointIO, read_tensors
 from panda_lightning.types import PandaError
@@ -41,7 +41,6 @@ def run(config: Namespace) -> int:
         print(*banks.names(detector), sep="\n")
         return 0
     calibrated, held = detector.calibration is not None, detector.held_out is not None
-    kept_times = snapshots(detector, config.ckpt_path) is not None
     if config.verb == "add":
         changed = f"{len(banks.add(detector, config.images))} added"
     else:
@@ -55,7 +54,7 @@ def run(config: Namespace) -> int:
         follows = detector.calibration is not None
         why = f"{detector.method} keeps no features of the images held back for them" if held else "too few are left"
         said += " P-values follow." if follows else f" There are no p-values any more: {why}."
-    if kept_times:
+    if kept_times(config.ckpt_path) is not None:
         said += " What SES kept of the run's other times is left out, for those banks are the old ones."
     get_console().print(said, soft_wrap=True, markup=False, highlight=False)
     return 0

@@ -186,7 +186,8 @@ def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, 
         raise PandaError("none of the pictures to compare with can be read")
     one, other = ({k: np.concatenate([part[i][k] for part in parts]) for k in parts[0][i]} for i in (0, 1))
     calibration = None if whole.calibration is None else whole.calibration.numpy()
-    compare(proof, one, other, calibration, whole.level, reference.normal())
+    others = reference.detector.leave_one_out() if calibration is None else None
+    compare(proof, one, other, calibration, whole.level, None if others is None else others.numpy())
     if maps:
         compare_maps(proof, *np.concatenate(maps, axis=1))
 
@@ -221,12 +222,6 @@ class Reference:
             batch: Any = {"image": torch.from_numpy(np.stack([self.view(source) for source in sources]))}
             scores["ses_score"] = self.ses.scores(self.detector, batch).double().numpy()
         return scores
-
-    def normal(self) -> Array | None:
-        """Scores of normal images, if any are known."""
-        found = self.detector.calibration
-        others = self.detector.leave_one_out() if found is None else torch.from_numpy(found.scores)
-        return None if others is None else others.numpy()
 
 
 def _append(path: Path, proof: Certificate) -> None:

@@ -123,7 +123,8 @@ class Rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             with held(path.with_suffix(".lock")) as mine:
                 failed = again and path.is_file() and json.loads(path.read_text("utf-8"))["error"]
-                yield row, self._made(row) if mine and (failed or not path.is_file()) else None
+                found = self._made(row) if mine and (failed or not path.is_file()) else None
+            yield row, found
 
     def _made(self, row: Row) -> Found:
         begin, error = time.monotonic(), None
@@ -138,7 +139,9 @@ class Rows:
         try:
             with _logged(folder / "log.txt"):
                 curve, scores = self._run(words)
-        except SystemExit:
+        except SystemExit as end:
+            if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
+                raise
             error = (folder / "log.txt").read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
         except Exception as failure:  # whatever it is, the other rows go on
             error = " ".join(str(failure).split()) or type(failure).__name__

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from panda_lightning import PANDA, SPADE, Digits, Pretraining, SaveOnSignal
-from panda_lightning.arguments import Bounds, Checked, Form, _hints, require
-from panda_lightning.datamodules.base import subclasses
+from panda_lightning.arguments import Bounds, Checked, Form, _hints, require, subclasses
 from panda_lightning.types import PandaError
 
 ROOT = Path(__file__).parents[1]

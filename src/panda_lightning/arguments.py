@@ -160,3 +160,9 @@ def _hints(cls: Any) -> Mapping[str, Any]:
 def _has_own_type(cls: Any, name: str) -> bool:
     annotated = any(name in vars(base).get("__annotations__", {}) for base in cls.__mro__)
     return annotated or isinstance(getattr(cls, name, None), Derived)
+
+
+def subclasses(base: type[Any]) -> list[type[Any]]:
+    """Every class below this one that has been imported."""
+    direct: list[type[Any]] = base.__subclasses__()
+    return [*direct, *(sub for cls in direct for sub in subclasses(cls))]

@@ -19,10 +19,9 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import Logger
 from typing_extensions import override
 
-from panda_lightning.arguments import Seed, require
+from panda_lightning.arguments import Seed, require, subclasses
 from panda_lightning.callbacks import Predictions
 from panda_lightning.datamodules import AnomalyDataModule, UnlabelledImages
-from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
 from panda_lightning.runtime.agreement import differences, made_with, newest_alike, same
 from panda_lightning.runtime.checkpoints import require_whole

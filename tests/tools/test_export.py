@@ -114,6 +114,10 @@ def test_ses_has_the_networks_of_all_times(tmp_path, folder):
     found = run_onnx(tmp_path / "False.onnx", pictures)
     np.testing.assert_allclose(found["ses_score"], ses.score, rtol=1e-5)
     assert (tmp_path / "True.onnx").stat().st_size < 0.6 * (tmp_path / "False.onnx").stat().st_size
+    (tmp_path / "copy.ckpt").write_bytes(path.read_bytes())  # without what SES kept beside it
+    with pytest.warns(UserWarning, match="The file has no ses_score: SES scores new images by the networks of all"):
+        export.export(tmp_path / "copy.ckpt", tmp_path / "copy.onnx")
+    assert "ses_score" not in run_onnx(tmp_path / "copy.onnx", pictures)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -120,6 +120,19 @@ def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdi
         np.testing.assert_array_equal(one["score"], other["score"])
 
 
+@pytest.mark.parametrize("code", [143, 1, 75])
+def test_a_signal_or_ctrl_c_is_no_failed_row(study, workdir, monkeypatch, code):
+    def stopped(*_):
+        raise SystemExit(code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("panda_lightning.tools.rows.run", stopped)
+        with pytest.raises(SystemExit):
+            list(Rows(workdir / "table").make(study[:1]))
+    assert not list((workdir / "table/rows").glob("*.json"))
+    assert next(iter(Rows(workdir / "table").make(study[:1])))[1].error is None
+
+
 def test_two_processes_share_the_work_of_a_folder(study, workdir):
     first, second = Rows(workdir / "table").make(study), Rows(workdir / "table").make(study)
     iterator = iter(first)

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed
+from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed, subclasses
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.datamodules.manifest import manifest
 from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
@@ -544,9 +544,3 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
             )
         known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
         return self._once(self._listed, "outlier source", source, lambda: read_outliers(source, known))
-
-
-def subclasses(base: type[Any]) -> list[type[Any]]:
-    """Every class below this one that has been imported."""
-    direct: list[type[Any]] = base.__subclasses__()
-    return [*direct, *(sub for cls in direct for sub in subclasses(cls))]

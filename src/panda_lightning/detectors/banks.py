@@ -27,7 +27,7 @@ def names(detector: Detector) -> list[str]:
     detector.require_learned()
     detector.ready()
     if not isinstance(detector.bank, torch.Tensor):
-        raise PandaError(f"{detector.method} has no bank of images.")
+        raise PandaError(f"{detector.method} has no bank of images: train it anew with those that count.")
     return detector.bank_names or [str(row) for row in range(len(detector.bank))]
 
 

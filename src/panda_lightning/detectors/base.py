@@ -401,21 +401,17 @@ class Detector(Checked, pl.LightningModule, ABC):
         return extract(self.trainer, self.anomaly_score, loader, title, dtype=torch.float64, finish=self.all_scored)
 
     def join_bank(self, rows: Tensor) -> None:
-        """Add to the bank what ``embed`` makes of normal images (N, ...); see detectors/banks.py.
-
-        Raises:
-            PandaError: If the method cannot.
-        """
-        self._require_rows()
+        """Add to the bank what ``embed`` makes of normal images (N, ...); see detectors/banks.py."""
+        assert isinstance(self.bank, Tensor)  # banks.names has asked
         self.bank = torch.cat([self.bank, rows.to(self.bank)])
 
     def leave_bank(self, kept: Tensor) -> None:
         """Leave those of the bank's images (N,) that are False out of it.
 
         Raises:
-            PandaError: If the method cannot, or what is left does not do.
+            PandaError: If what is left does not do.
         """
-        self._require_rows()
+        assert isinstance(self.bank, Tensor)  # banks.names has asked
         if not kept.any():
             raise PandaError(f"none of the {len(kept)} normal images would be left: keep some.")
         self.bank = self.bank[kept]
@@ -423,10 +419,6 @@ class Detector(Checked, pl.LightningModule, ABC):
     def held_back(self, rows: Tensor) -> Tensor:
         """Which rows (N, ...) of ``embed`` are of images that p-values rest on, as far as that is known: (N,)."""
         return torch.zeros(len(rows), dtype=torch.bool)
-
-    def _require_rows(self) -> None:
-        if not isinstance(self.bank, Tensor):
-            raise PandaError(f"{self.method} has no bank that could change: train it anew with the images that count.")
 
     def recalibrate(self) -> None:
         """Score the images that were held back anew, after the bank has changed; or forget their scores."""

@@ -1,6 +1,7 @@
 """A detector as one graph, from the pixels of a picture to its score and p-value, and how it is read from its file."""
 
 from collections.abc import Callable
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from panda_lightning.arguments import subclasses
 from panda_lightning.callbacks import SampleWiseEarlyStopping
 from panda_lightning.detectors.base import Detector
 from panda_lightning.formulas.conformal import flagged
@@ -44,7 +46,7 @@ def from_checkpoint(path: str | Path) -> Detector:
         raise PandaError(f"{path} is not a file: name a checkpoint, usually .../checkpoints/last.ckpt.")
     require_whole(path)
     name = str(made_with(path)[1]["model"].get("_class_path") or "")
-    known = _below(Detector)
+    known = [cls for cls in subclasses(Detector) if not isabstract(cls)]
     cls: Any = next((cls for cls in known if name in _paths(cls)), None)
     if cls is None:
         raise PandaError(
@@ -60,10 +62,6 @@ def from_checkpoint(path: str | Path) -> Detector:
 def _paths(cls: type[Any]) -> tuple[str, str]:
     """Where a class is defined, and where its package offers it."""
     return f"{cls.__module__}.{cls.__qualname__}", f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
-
-
-def _below(cls: type[Any]) -> list[type[Any]]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_below(direct)) if not sub.__abstractmethods__]
 
 
 def in_float32(detector: Detector) -> Detector:

@@ -52,6 +52,17 @@ def new_folder(parent: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def require_new(*paths: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        PandaError: Naming it.
+    """
+    for path in paths:
+        if path.exists():
+            raise PandaError(f"{path} exists: choose another --output, or remove it.")
+
+
 def require_folder(name: str, folder: str | Path) -> None:
     """Make a folder, and find out now whether files can be written there.
 

@@ -42,10 +42,11 @@ def main(args: list[str] | None = None) -> int:
         config = parser.instantiate_classes(parser.parse_args(args))
         chosen = config[config.subcommand]
         accepted[config.subcommand].require_bounds(chosen)
-        if chosen.output is not None:
-            if Path(chosen.output).is_dir():
-                raise PandaError(f"--output={chosen.output} is a folder: name a file.")
-            require_folder("--output", Path(chosen.output).parent)
+        output = chosen.get("output")
+        if output is not None:
+            if Path(output).is_dir():
+                raise PandaError(f"--output={output} is a folder: name a file.")
+            require_folder("--output", Path(output).parent)
         status: int = TOOLS[config.subcommand].run(chosen)
         return status
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.exported import from_checkpoint, kept_times
 from panda_lightning.pictures.loose import LISTS, listed_paths
 from panda_lightning.runtime.checkpoints import WholeCheckpointIO, read_tensors
+from panda_lightning.runtime.whole import require_new
 from panda_lightning.types import PandaError
 
 HELP = "Add normal images to a checkpoint's bank, take some out of it, or list them; nothing is trained."
@@ -35,7 +36,7 @@ def run(config: Namespace) -> int:
         if (name in needs) != bool(config[name]):
             raise PandaError(f"`panda bank {config.verb}` {'needs' if name in needs else 'takes no'} --{name}.")
     if config.output is not None:
-        _require_new(config.output)
+        require_new(config.output)
     detector = from_checkpoint(config.ckpt_path)
     if config.verb == "list":
         print(*banks.names(detector), sep="\n")
@@ -45,7 +46,7 @@ def run(config: Namespace) -> int:
         changed = f"{len(banks.add(detector, config.images))} added"
     else:
         changed = f"{len(banks.remove(detector, _patterns(config.like)))} taken out"
-    _require_new(config.output)  # once more: work takes time
+    require_new(config.output)  # once more: work takes time
     save(detector, config.ckpt_path, config.output)
     said = f"{config.output}: {changed}, {len(banks.names(detector))} normal images in its bank."
     if detector.steps_trained:
@@ -58,11 +59,6 @@ def run(config: Namespace) -> int:
         said += " What SES kept of the run's other times is left out, for those banks are the old ones."
     get_console().print(said, soft_wrap=True, markup=False, highlight=False)
     return 0
-
-
-def _require_new(path: Path) -> None:
-    if path.exists():
-        raise PandaError(f"{path} exists: choose another --output, or remove it.")
 
 
 def _patterns(like: str) -> list[str]:

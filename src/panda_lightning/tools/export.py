@@ -29,7 +29,7 @@ from panda_lightning.detectors.exported import Exported, Half, from_checkpoint, 
 from panda_lightning.pictures.images import View
 from panda_lightning.pictures.loose import Loose, pointed_at
 from panda_lightning.pictures.pixels import Source
-from panda_lightning.runtime.whole import new_folder
+from panda_lightning.runtime.whole import new_folder, require_new
 from panda_lightning.tools.certificate import (
     Array,
     Certificate,
@@ -69,7 +69,7 @@ def run(config: Namespace) -> int:
     output = config.output or Path(f"detector{ending}")
     if output.suffix != ending:
         raise PandaError(f"--output={output} is to be a file for {config.format}: let its name end in {ending}.")
-    _require_new(output)
+    require_new(output, _beside(output))
     if config.format == "onnx":
         _require_packages()
         _require_opset(config.opset)
@@ -126,7 +126,7 @@ def export(
         except PandaError as error:
             raise PandaError(f"{output} is not kept, for it does not give the detector's scores: {error}.") from error
         _append(part, proof)
-        _require_new(output)  # once more: work takes time
+        require_new(output, _beside(output))  # once more: work takes time
         for path in (_beside(part), part):
             if path.exists():
                 path.replace(output.parent / path.name)
@@ -237,12 +237,6 @@ def _append(path: Path, proof: Certificate) -> None:
     entry = onnx.StringStringEntryProto(key="certificate", value=text)
     with path.open("ab") as file:  # messages of protobuf that follow one another are one
         file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
-
-
-def _require_new(output: Path) -> None:
-    for path in (output, _beside(output)):
-        if path.exists():
-            raise PandaError(f"{path} exists: choose another --output, or remove it.")
 
 
 def _beside(path: Path) -> Path:

@@ -24,9 +24,9 @@ import torch
 import yaml
 from typing_extensions import override
 
+from panda_lightning.arguments import subclasses
 from panda_lightning.callbacks import SampleWiseEarlyStopping
 from panda_lightning.cli import VERSION, PandaCLI, run
-from panda_lightning.datamodules.base import subclasses
 from panda_lightning.detectors import Detector
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.types import PandaError

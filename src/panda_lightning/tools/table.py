@@ -48,7 +48,6 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--shard", type=str | None, default=None, help="Run a part alone, i/n: for an array of jobs on one folder.")
     add("--again", type=bool, default=False, help="Run rows anew that failed before.")
     add("--merge", type=str, default="", help="Take the rows of other folders over, with commas between; run nothing.")
-    add("--output", default=None, help="")
 
 
 def run(config: Namespace) -> int:

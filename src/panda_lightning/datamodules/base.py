@@ -25,6 +25,7 @@ from panda_lightning.pictures.loose import listed_paths
 from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is, decoded
 from panda_lightning.runtime.whole import alone, new_file
+from panda_lightning.runtime.work import done
 from panda_lightning.types import Batch, PandaError
 
 __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
@@ -60,6 +61,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         batch_size: Images of a training step, over all processes together.
         eval_batch_size: Images of a step of extraction and scoring, on each process.
         train_limit: Keep only so many normal training images, evenly spaced; None keeps all.
+        shots: Train on so many of those, drawn by ``seed``; those of fewer shots are among those of more.
         test_limit: The same for test images.
         leave_out: Training images that are not to be used: a text file with a path or row number a line, or a table
             with a column path, such as `panda suspects` writes.
@@ -97,6 +99,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         batch_size: Count = 32,
         eval_batch_size: Count = 128,
         train_limit: Count | None = None,
+        shots: Count | None = None,
         test_limit: Count | None = None,
         leave_out: str | None = None,
         calibration_fraction: Fraction = 0.0,
@@ -121,6 +124,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.train_limit = train_limit
+        self.shots = shots
         self.test_limit = test_limit
         self.leave_out = leave_out
         self.calibration_fraction = calibration_fraction
@@ -272,6 +276,11 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         chosen: npt.NDArray[np.bool_] = targets == self.class_number()
         return ~chosen if self._chosen("protocol", "one_vs_rest") == "one_vs_rest" else chosen
 
+    @classmethod
+    def problems(cls) -> tuple[str, tuple[str, ...]]:
+        """The argument whose values make the problems of a published mean, and these; () if files say them."""
+        return "normal_class", cls.classes
+
     @property
     def normal_images(self) -> Images:
         """The normal training images, without those that are held back."""
@@ -289,14 +298,13 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         settings = (share, self.seed, images.fingerprint(self.root))
 
         def part() -> tuple[Images, Images]:
-            count, names = round(share * len(images)), self.names(images)
+            count = round(share * len(images))
             if not 2 <= count <= len(images) - 2:
                 raise PandaError(
                     f"calibration_fraction={share:g} holds {count} of {len(images)} normal training images back: "
                     "choose a share that leaves 2 or more on either side."
                 )
-            hashes = [hashlib.sha256(f"{self.seed}/calibration/{name}".encode()).digest() for name in names]
-            held = np.array(sorted(sorted(range(len(images)), key=hashes.__getitem__)[:count]))
+            held = np.sort(self._drawn("calibration", images)[:count])
             return images.take(np.setdiff1d(np.arange(len(images)), held)), images.take(held)
 
         return self._once(self._listed, "parted", settings, part)
@@ -334,7 +342,18 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         limit = self.train_limit if split == "train" else self.test_limit
         if limit is not None and limit < len(images):
             images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
+        if split == "train" and self.shots is not None:
+            if self.shots > len(images):
+                raise PandaError(
+                    f"shots={self.shots}, but there are {len(images)} normal training images: choose less."
+                )
+            images = images.take(np.sort(self._drawn("shots", images)[: self.shots]))
         return images
+
+    def _drawn(self, what: str, images: Images) -> npt.NDArray[np.int64]:
+        """All rows in an order of chance that depends on seed and names alone."""
+        hashes = [hashlib.sha256(f"{self.seed}/{what}/{name}".encode()).digest() for name in self.names(images)]
+        return np.array(sorted(range(len(images)), key=hashes.__getitem__), dtype=np.int64)
 
     def _without(self, images: Images, listing: str) -> Images:
         """Images without those that a file lists.
@@ -450,7 +469,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
                 f"{type(self).__name__}: {len(images)} {what} images, {view.size} px, "
                 + (f"decoded to {size / 2**20:.0f} MiB of memory" if in_memory else "read from disk at every access")
             )
-            return decoded(images, view, in_memory, self.on_error == "skip", f"Decoding {what} images")
+            with done("decoded", what, len(images)):
+                return decoded(images, view, in_memory, self.on_error == "skip", f"Decoding {what} images")
 
         made_from = (images.fingerprint(self.root, times=True), view, in_memory, self.on_error)
         return self._once(self._decoded, what, made_from, read)

@@ -53,6 +53,11 @@ class HyperKvasir(AnomalyDataModule):
         self.split_seed = split_seed
         self.crop_margins = crop_margins
 
+    @override
+    @classmethod
+    def problems(cls) -> tuple[str, tuple[str, ...]]:
+        return "normal_class", ("normal",)
+
     @property
     @override
     def before(self) -> str | None:

@@ -43,6 +43,11 @@ class MVTecAD(AnomalyDataModule):
         self.accept_license = accept_license
 
     @override
+    @classmethod
+    def problems(cls) -> tuple[str, tuple[str, ...]]:
+        return "category", CATEGORIES
+
+    @override
     def only_class(self) -> str:
         return "good"
 

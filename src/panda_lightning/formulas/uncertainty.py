@@ -6,6 +6,7 @@ compared both. Resamples are for what has no formula, such as the rank of a meth
 """
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -119,6 +120,32 @@ def interval(scores: Array, labels: Values, groups: Values | None = None, level:
         middle, half = logit(value), z * error / (value * (1 - value))
         low, high = float(expit(middle - half)), float(expit(middle + half))
     return Estimate(value, error, low, high, error > 0 and reliable(value, rare))
+
+
+def joined(parts: Sequence[tuple[Estimate, int]], bounded: bool = True, level: float = 0.95) -> Estimate:
+    """The mean of estimates on separate images, such as MVTec's categories, each counted so many times.
+
+    Their errors are independent. The interval is that of ``interval``, on the scale of logits, or plain for differences
+    (``bounded`` False); it is reliable where all parts are. One part is returned as it is.
+
+    Raises:
+        PandaError: If there is none.
+    """
+    if not parts:
+        raise PandaError("There is no estimate to take the mean of: give one or more.")
+    if len(parts) == 1:
+        return parts[0][0]
+    count = sum(times for _, times in parts)
+    value = sum(part.value * times for part, times in parts) / count
+    error = math.sqrt(sum((part.error * times) ** 2 for part, times in parts)) / count
+    half, sure = _quantile(level) * error, all(part.reliable for part, _ in parts)
+    if not bounded:
+        return Estimate(value, error, max(-1.0, value - half), min(1.0, value + half), sure)
+    if value in (0, 1):
+        low, high = min(part.low for part, _ in parts), max(part.high for part, _ in parts)
+        return Estimate(value, error, low, high, False)
+    middle, half = logit(value), half / (value * (1 - value))
+    return Estimate(value, error, float(expit(middle - half)), float(expit(middle + half)), sure)
 
 
 def difference(one: Array, other: Array, labels: Values, groups: Values | None = None, level: float = 0.95) -> Estimate:

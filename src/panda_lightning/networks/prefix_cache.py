@@ -17,6 +17,7 @@ from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.features import gather, on_device
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.whole import new_file
+from panda_lightning.runtime.work import done
 from panda_lightning.types import Batch
 
 RULE = 2  # of what is in a file; another number where the same network would give other values
@@ -85,9 +86,10 @@ def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hi
     """Each process computes its share and gives it to the others; None only helps."""
     dataset: Any = loader.dataset
     rows = loader.batch_size or 1
+    what = "test" if dataset.label.any() else "normal training"
     rounds = -(-len(dataset) // (rows * trainer.world_size))  # a process may have one batch less than another
     batches: Iterator[Batch | None] = chain(loader, repeat(None))
-    with trainer.precision_plugin.forward_context():
+    with done("passed through the frozen layers", what, len(dataset)), trainer.precision_plugin.forward_context():
         for batch in on_device(trainer, islice(batches, rounds), "Frozen layers, once", rounds):
             parts = [(batch["index"], backbone.prefix(batch["image"]))] if batch else []
             index, values = gather(parts)

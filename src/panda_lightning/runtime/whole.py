@@ -103,21 +103,22 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Whether this process has a file to itself, if nobody else has; for as long as it is within.
+def held(path: Path) -> Iterator[int | None]:
+    """A file's handle where this process now has it to itself, None where somebody else has it.
 
-    File systems without locks let all of them have it.
+    It is held to the end of the block, or as long as a process lives that inherited the handle. File systems without
+    locks let all of them have it.
     """
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
             return
         except OSError:
             pass
-        yield True
+        yield handle
     finally:
         os.close(handle)
 

@@ -3,60 +3,38 @@
 Each run is that of ``lightning fit`` (or ``test``, for what trains nothing) with the same words. A row is a JSON file
 that appears when its run is complete, with the scores beside it; whoever starts again finds it. Images are decoded once
 for all rows that one data module can serve, and the layers that no method changes see each image once
-(``prefix_cache_dir``).
+(``prefix_cache_dir``). A run on several devices is a process of its own, which starts the others.
 """
 
-import hashlib
 import json
 import logging
 import os
-import re
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-import yaml
+from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
 from typing_extensions import override
 
-from panda_lightning.arguments import subclasses
 from panda_lightning.callbacks import SampleWiseEarlyStopping
-from panda_lightning.cli import VERSION, PandaCLI, run
+from panda_lightning.cli import VERSION, PandaCLI, run, silence
 from panda_lightning.detectors import Detector
 from panda_lightning.runtime.whole import held, new_file
-from panda_lightning.types import PandaError
+from panda_lightning.runtime.work import Work
+from panda_lightning.tools.plan import Row
 
 KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc")  # a method's own number: the first there is
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run of a table.
-
-    Attributes:
-        data: The data set's class.
-        normal: The normal class.
-        method: What the table calls it.
-        seed: Of the run and the order of images.
-        words: Of `lightning`, but for the logger's.
-    """
-
-    data: str
-    normal: str
-    method: str
-    seed: int
-    words: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """A name for files, another one where the words differ."""
-        plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.data} {self.normal} {self.method} {self.seed}").strip("-")
-        return f"{plain}-{hashlib.sha256(repr(self.words).encode()).hexdigest()[:8]}"
+HARDEST, SIDE = 6, 96  # pictures of either kind, and their side in pixels
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,8 @@ class Found:
         auroc: Of the last epoch; None where the run failed.
         curve: Epochs trained and AUROC, from the untrained network on.
         seconds: It took.
-        version: Of this package, and torch's.
+        work: What it did for others too.
+        made: By which version, on what machine, and when.
         error: Why it failed.
     """
 
@@ -76,20 +55,27 @@ class Found:
     auroc: float | None
     curve: list[tuple[float, float]]
     seconds: float
-    version: str
+    work: list[Work]
+    made: str
     error: str | None = None
+
+
+class SeveralDevicesError(Exception):
+    """The run wants several devices."""
 
 
 class Rows:
     """The rows of a folder.
 
     Args:
-        folder: Where they are: ``rows`` holds what came out, ``runs`` logs and checkpoints, ``shared`` what the frozen
-            layers made of images.
+        folder: Where they are: ``rows`` holds what came out, ``hardest`` pictures, ``runs`` logs and checkpoints,
+            ``shared`` what the frozen layers made of images, ``locks`` who is at work.
+        loggers: Of Lightning, by class, beside the CSV logger.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, loggers: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.loggers = loggers
         self._data: list[Any] = []  # one data module for all rows that it can serve
 
     def path(self, row: Row) -> Path:
@@ -98,18 +84,22 @@ class Rows:
 
     def read(self) -> list[Found]:
         """What has come out so far, failures too."""
-        found = []
-        for path in sorted((self.folder / "rows").glob("*.json")):
-            known = json.loads(path.read_text("utf-8"))
-            row = known.pop("row")
-            row = Row(**{**row, "words": tuple(row["words"])})
-            found.append(Found(row=row, **{**known, "curve": [tuple(point) for point in known["curve"]]}))
-        return found
+        return [self._read(path) for path in sorted((self.folder / "rows").glob("*.json"))]
+
+    def _read(self, path: Path) -> Found:
+        known = json.loads(path.read_text("utf-8"))
+        known["work"] = [Work(*work) for work in known["work"]]
+        known["curve"] = [tuple(point) for point in known["curve"]]
+        return Found(**{**known, "row": Row.of(known["row"])})
 
     def scores(self, row: Row) -> dict[str, Any]:
-        """Index, score and label (N,) of the test images of a complete row."""
-        with np.load(self.path(row).with_suffix(".npz"), allow_pickle=False) as file:
-            return dict(file)
+        """Index, score, label and kind (N,) of the test images of a complete row."""
+        return _arrays(self.path(row).with_suffix(".npz"))
+
+    def hardest(self, row: Row) -> dict[str, Any]:
+        """The test images that scores mistake most, where the pictures are here: places in the scores, and JPEGs."""
+        path = self.folder / "hardest" / f"{row.name}.npz"
+        return _arrays(path) if path.is_file() else {}
 
     def make(self, rows: Sequence[Row], again: bool = False) -> Iterator[tuple[Row, Found | None]]:
         """Run what is missing, in order; None stands for a row that was there, or that another process is making.
@@ -119,53 +109,91 @@ class Rows:
             again: Also rows that failed before.
         """
         for row in rows:
-            path = self.path(row)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with held(path.with_suffix(".lock")) as mine:
-                failed = again and path.is_file() and json.loads(path.read_text("utf-8"))["error"]
-                found = self._made(row) if mine and (failed or not path.is_file()) else None
+            path, lock = self.path(row), self.folder / "locks" / row.name
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with held(lock) as mine:
+                failed = again and path.is_file() and self._read(path).error
+                found = self._made(row, mine) if mine and (failed or not path.is_file()) else None
             yield row, found
 
-    def _made(self, row: Row) -> Found:
+    def _made(self, row: Row, lock: int | None = None) -> Found:
+        """Run it and write what came out; of several processes, the first writes."""
         begin, error = time.monotonic(), None
         curve: list[tuple[float, float]] = []
-        scores: dict[str, Any] | None = None
-        folder = self.folder / "runs" / row.name
-        folder.mkdir(parents=True, exist_ok=True)
-        words = [*row.words, "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={self.folder / 'runs'}",
-                 f"--trainer.logger.name={row.name}", "--trainer.enable_progress_bar=false",
-                 "--trainer.enable_model_summary=false"]  # fmt: skip
-        words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
+        log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
         try:
-            with _logged(folder / "log.txt"):
-                curve, scores = self._run(words)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with _logged(log, work):
+                curve = self._run(row)
+        except SeveralDevicesError:
+            return self._made_apart(row, log, lock)
         except SystemExit as end:
             if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
                 raise
-            error = (folder / "log.txt").read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
+            error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
         except Exception as failure:  # whatever it is, the other rows go on
             error = " ".join(str(failure).split()) or type(failure).__name__
         auroc = curve[-1][1] if curve else None
-        version = f"{VERSION.split()[0]}, torch {torch.__version__}"
-        found = Found(row, auroc, curve, time.monotonic() - begin, version, error)
-        path = self.path(row)
-        if scores is not None:
-            with new_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
-                np.savez_compressed(file, **scores)
-        with new_file(path) as part:
-            part.write_text(json.dumps(asdict(found)), "utf-8")
+        return self._write(Found(row, auroc, curve, time.monotonic() - begin, work, made(), error))
+
+    def _write(self, found: Found) -> Found:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with new_file(self.path(found.row)) as part:
+                part.write_text(json.dumps(asdict(found)), "utf-8")
         return found
 
-    def _run(self, words: list[str]) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-        """Curve and scores of a run; of one that was cut short, the curve is that of all its parts."""
+    def _made_apart(self, row: Row, log: Path, lock: int | None) -> Found:
+        """Run it in a process of its own, which Lightning starts again for each device."""
+        words = [sys.executable, "-m", __spec__.name, str(self.folder), row.words_of(), *self.loggers]
+        with log.open("a", encoding="utf-8") as file:
+            status = subprocess.run(
+                words, stdout=file, stderr=file, check=False, pass_fds=() if lock is None else (lock,)
+            ).returncode
+        if status < 0 or status in (75, 130, 143):  # a signal: the run is to go on
+            raise SystemExit(status if status > 0 else 128 - status)
+        if not self.path(row).is_file():
+            said = f"a process ended with status {status}: see {log}"
+            return self._write(Found(row, None, [], 0.0, [], made(), said))
+        return self._read(self.path(row))
+
+    def _run(self, row: Row) -> list[tuple[float, float]]:
+        """Curve of a run, whose scores are written; of one that was cut short, it is that of all its parts."""
+        words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
+                 "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
+        words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
         cli = run(words, self._sharing())
-        model: Any = cli.model
-        scores, trainer = model.scores, cli.trainer
-        logged = [c for c in trainer.callbacks if isinstance(c, pl.Callback)]  # type: ignore[attr-defined]
-        ses = next((c for c in logged if isinstance(c, SampleWiseEarlyStopping)), None)
-        values = scores.score if ses is None or ses.score is None else ses.score
-        kept = {"index": scores.index.numpy(), "score": values.numpy(), "label": scores.label.numpy()}
-        return self._curve(Path(trainer.log_dir or "").parent), kept
+        model, data, trainer = cli.model, cli.datamodule, cli.trainer
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.finish()  # else the next run would go on in it
+        if not trainer.is_global_zero:
+            return []
+        scores: Any = model.scores
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        ses = next((c for c in callbacks if isinstance(c, SampleWiseEarlyStopping)), None)
+        values = (scores.score if ses is None or ses.score is None else ses.score).numpy()
+        index, label = scores.index.numpy(), scores.label.numpy()
+        dataset = data.test_dataloader().dataset
+        kind = np.array(data.classes)[dataset.images.targets[index]]
+        _save(self.path(row).with_suffix(".npz"), index=index, score=values, label=label, kind=kind)
+        order = np.argsort(values, kind="stable")
+        hard = np.concatenate([order[label[order] == 1][:HARDEST], order[label[order] == 0][::-1][:HARDEST]])
+        shown = dataset.pictures(scores.index[hard.copy()])
+        jpeg = np.array([_jpeg(picture) for picture in shown.numpy()])
+        _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
+        return self._curve(Path(trainer.log_dir or "").parent)
+
+    def _loggers(self, row: Row) -> list[dict[str, Any]]:
+        """CSV, from which the curve comes, and those that were asked for."""
+        own: dict[str, dict[str, Any]] = {
+            "AutoWandbLogger": {"name": row.name, "id": row.name, "resume": "allow", "group": row.data,
+                                "job_type": row.column, "tags": [row.normal, f"seed {row.seed}"]},
+            "MLFlowLogger": {"experiment_name": row.data, "run_name": row.name},
+        }  # fmt: skip
+        runs = {"save_dir": str(self.folder / "runs")}
+        first = {"class_path": "CSVLogger", "init_args": {**runs, "name": row.name}}
+        more = [{"class_path": one, "init_args": {**runs, **own.get(one, {"name": row.name})}} for one in self.loggers]
+        return [first, *more]
 
     @staticmethod
     def _curve(folder: Path) -> list[tuple[float, float]]:
@@ -188,6 +216,8 @@ class Rows:
             @override
             def after_instantiate_classes(self) -> None:
                 super().after_instantiate_classes()
+                if self.trainer.world_size > 1 and __name__ != "__main__":
+                    raise SeveralDevicesError
                 if isinstance(self.model, Detector):
                     self.model.prefix_cache_dir = cache
                 for data in shared:
@@ -202,10 +232,41 @@ class Rows:
         return Sharing
 
 
+def _save(path: Path, **arrays: Any) -> None:
+    with new_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _jpeg(picture: Any) -> bytes:
+    """A picture (3, H, W) uint8, no larger than is looked at."""
+    image, file = Image.fromarray(picture.transpose(1, 2, 0)), BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(file, format="JPEG", quality=80)
+    return file.getvalue()
+
+
+class _Collected(logging.FileHandler):
+    """A log file, and what its records say of work."""
+
+    def __init__(self, path: Path, work: list[Work]) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.work = work
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self.work += [record.work] if hasattr(record, "work") else []
+
+
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
+def _logged(path: Path, work: list[Work]) -> Iterator[None]:
     """What a run says goes to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Collected(path, work)
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -219,83 +280,39 @@ def _logged(path: Path) -> Iterator[None]:
             logger.handlers, logger.propagate = handlers, propagate
 
 
-def planned(
-    configs: Sequence[str],
-    methods: Sequence[str],
-    classes: Sequence[str] | None,
-    seeds: Sequence[int],
-    words: Sequence[str] = (),
-) -> list[Row]:
-    """The rows of a table, class by class, so that methods share what they share.
-
-    Args:
-        configs: Configuration files, one laid over the other.
-        methods: Variants, names of files in ``variants`` beside the first configuration, or paths of files.
-        classes: Normal classes; None is all.
-        seeds: Of runs.
-        words: Further words for all of them.
-
-    Raises:
-        PandaError: If a file is missing, or a method cannot be told from another.
-    """
-    laid: dict[str, Any] = {}
-    for path in configs:
-        laid |= _yaml(Path(path))
-    data = laid.get("data") or {}
-    kind = str(data.get("class_path", "")).split(".")[-1]
-    known = {cls.__name__: cls for cls in subclasses(pl.LightningDataModule)}
-    names = [str(name) for name in getattr(known.get(kind), "classes", ())] if classes is None else list(classes)
-    if not names:
-        raise PandaError(f"the classes of {kind or 'the data set'} are not known beforehand: name them with --classes.")
-    files: dict[str, tuple[Path, str]] = {}
-    for method in methods:
-        own = method.endswith((".yaml", ".yml"))
-        file = Path(method) if own else Path(configs[0]).parent / "variants" / f"{method}.yaml"
-        if file.stem in files:
-            raise PandaError(f"the method {file.stem} is named twice: give its file another name.")
-        files[file.stem] = (file, _verb(_yaml(file), laid))
-    rows = []
-    for name in names:
-        for seed in seeds:
-            for method, (file, verb) in files.items():
-                own_words = [f"--data.normal_class={name}", f"--seed_everything={seed}", f"--data.seed={seed}", *words]
-                laid_over = [f"--config={config}" for config in (*configs, file)]
-                rows.append(Row(kind, name, method, seed, (verb, *laid_over, *own_words)))
-    return rows
-
-
-def _verb(variant: dict[str, Any], laid: dict[str, Any]) -> str:
-    """What Lightning is to do: methods without training steps are tested."""
-    name = ((variant.get("model") or {}).get("class_path") or laid["model"]["class_path"]).split(".")[-1]
-    cls = next((cls for cls in subclasses(Detector) if cls.__name__ == name), None)
-    if cls is None:
-        raise PandaError(f"{name} is no detector: choose a variant of one.")
-    return "fit" if cls.training_step is not pl.LightningModule.training_step else "test"
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise PandaError(f"{path} cannot be read as a configuration ({error}).") from error
-    return found
-
-
-def spread(rows: Sequence[Row], part: str | None) -> list[Row]:
-    """Every n-th row from the i-th on, of ``i/n``, counted from 1.
-
-    Raises:
-        PandaError: If it is no such part.
-    """
-    if part is None:
-        return list(rows)
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise PandaError(f"--shard={part} is no part: give i/n with i from 1 to n, such as 2/10.")
-    return list(rows)[int(found[1]) - 1 :: int(found[2])]
+def made() -> str:
+    """Version and commit of this package, torch, hardware and day."""
+    return ", ".join([f"panda-lightning {VERSION.split()[0]}{_commit()}", f"torch {torch.__version__}", machine(),
+                      time.strftime("%Y-%m-%d")])  # fmt: skip
 
 
 def machine() -> str:
-    """What the numbers were made on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{gpu}, torch {torch.__version__}"
+    """What numbers are made on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpus, about = os.cpu_count(), Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cpus} cores of {names[0] if names else platform.machine()}"
+
+
+def _commit() -> str:
+    """The commit that this package is at, where it is a checkout; with + where it was changed since."""
+
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return told.stdout.strip()
+
+    here = Path(__file__).parent
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return (
+            f" at {git('rev-parse', '--short', 'HEAD')}{'+' if git('status', '--porcelain', str(here.parent)) else ''}"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+if __name__ == "__main__":  # a run on several devices
+    silence()
+    Rows(Path(sys.argv[1]), sys.argv[3:])._made(Row.of(sys.argv[2]))

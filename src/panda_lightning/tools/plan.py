@@ -1,0 +1,191 @@
+"""What a table is made of: a row for each data set, normal class, method, number of shots and seed."""
+
+import hashlib
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import yaml
+
+from panda_lightning.arguments import subclasses
+from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.detectors import Detector
+from panda_lightning.types import PandaError
+
+VIEW = ("image_size", "crop", "resize", "interpolation")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a table.
+
+    Attributes:
+        data: The data set's class.
+        normal: The normal class, or the category.
+        method: What the table calls it.
+        seed: Of the run, the order of images, and the choice of few.
+        shots: How many training images there are; None is all.
+        words: Of `lightning`, but for the logger's.
+        settings: A fingerprint of the words and of what the configuration files said.
+    """
+
+    data: str
+    normal: str
+    method: str
+    seed: int
+    shots: int | None
+    words: tuple[str, ...]
+    settings: str
+
+    @property
+    def column(self) -> str:
+        """The method, with the number of shots where they are few."""
+        return self.method if self.shots is None else f"{self.method}, {self.shots}-shot"
+
+    @property
+    def variant(self) -> str:
+        """The name of its variant's file, by which published figures are found."""
+        return Path([word for word in self.words if word.startswith("--config=")][-1]).stem
+
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """Its cell of the table, and seed."""
+        return self.data, self.normal, self.column, self.seed
+
+    @property
+    def name(self) -> str:
+        """A name for files, another one where the settings differ."""
+        words = f"{self.data} {self.normal} {self.column} {self.seed}"
+        return f"{re.sub(r'[^A-Za-z0-9]+', '-', words).strip('-')}-{self.settings}"
+
+    @property
+    def command(self) -> str:
+        """What runs it alone."""
+        return shlex.join(["lightning", *self.words])
+
+    def words_of(self) -> str:
+        """As JSON, for a file or another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, known: str | dict[str, Any]) -> Self:
+        """What ``words_of`` wrote."""
+        known = json.loads(known) if isinstance(known, str) else known
+        return cls(**{**known, "words": tuple(known["words"])})
+
+
+def planned(
+    configs: Sequence[str],
+    methods: Mapping[str, str],
+    classes: Sequence[str] | None,
+    seeds: Sequence[int],
+    words: Sequence[str] = (),
+    shots: Sequence[int | None] = (None,),
+) -> list[Row]:
+    """The rows of a table: methods that see the same come together, class by class, so that they share their work.
+
+    Args:
+        configs: Configuration files, one laid over the other.
+        methods: What the table calls a method: a variant, which is a file in ``variants`` beside the first
+            configuration, or the path of a file, and further words for it.
+        classes: Normal classes; None is all.
+        seeds: Of runs.
+        words: Further words for all of them.
+        shots: Numbers of training images; None is all.
+
+    Raises:
+        PandaError: If a file is missing, or the classes are not known.
+    """
+    laid: dict[str, Any] = {}
+    contents = [_yaml(Path(path)) for path in configs]
+    for content in contents:
+        laid |= content
+    kind = str((laid.get("data") or {}).get("class_path", "")).split(".")[-1]
+    known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
+    key, names = known[kind].problems() if kind in known else ("normal_class", ())
+    names = names if classes is None else tuple(classes)
+    if not names:
+        raise PandaError(f"the classes of {kind or 'the data set'} are not known beforehand: name them with --classes.")
+    meant = {method: _Method(text, Path(configs[0]).parent / "variants", laid) for method, text in methods.items()}
+    groups: dict[str, list[str]] = {}
+    for method, found in meant.items():
+        groups.setdefault(found.sees, []).append(method)
+    rows = []
+    for (_, group), name, count, seed in product(groups.items(), names, shots, seeds):
+        for method in group:
+            one = meant[method]
+            few = [] if count is None else one.few(count)
+            own = [*one.words, *words, f"--data.{key}={name}", f"--seed_everything={seed}", f"--data.seed={seed}", *few]
+            told = json.dumps([one.verb, contents, one.content, own], default=str, sort_keys=True)
+            settings = hashlib.sha256(told.encode()).hexdigest()[:8]
+            files = [f"--config={config}" for config in (*configs, one.file)]
+            rows.append(Row(kind, name, method, seed, count, (one.verb, *files, *own), settings))
+    return rows
+
+
+class _Method:
+    """A variant with further words.
+
+    Attributes:
+        file: Of the variant.
+        content: Of this file.
+        words: Further ones.
+        verb: Of `lightning`.
+        sees: What it needs to see images: methods that are equal here share what is decoded.
+    """
+
+    def __init__(self, text: str, variants: Path, laid: dict[str, Any]) -> None:
+        name, *self.words = shlex.split(text)
+        self.file = Path(name) if name.endswith((".yaml", ".yml")) else variants / f"{name}.yaml"
+        self.content = _yaml(self.file)
+        self.detector = self._detector(laid)
+        self.verb = "test" if self.detector.training_step is pl.LightningModule.training_step else "fit"
+        self.k = ((laid.get("model") or {}).get("init_args") or {}).get("k")
+        view = ((self.content.get("data") or {}).get("init_args") or {}).items()
+        told = [f"--data.{key}={value}" for key, value in view if key in VIEW] + self.words
+        kinds = ("--model.backbone", *(f"--data.{key}" for key in VIEW))
+        self.sees = " ".join(sorted(word for word in told if word.startswith(kinds)))
+
+    def _detector(self, laid: dict[str, Any]) -> type[Detector]:
+        path = (self.content.get("model") or {}).get("class_path") or (laid.get("model") or {}).get("class_path") or ""
+        name = str(path).split(".")[-1]
+        cls: type[Detector] | None = next((cls for cls in subclasses(Detector) if cls.__name__ == name), None)
+        if cls is None:
+            raise PandaError(f"{name or 'nothing'} is no detector: choose a variant of one.")
+        return cls
+
+    def few(self, shots: int) -> list[str]:
+        """The words for few training images; no more neighbours than there are images."""
+        k = inspect.signature(self.detector).parameters.get("k")
+        words = [f"--data.shots={shots}"]
+        return words if k is None or (self.k or k.default) <= shots else [*words, f"--model.k={shots}"]
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise PandaError(f"{path} cannot be read as a configuration ({error}).") from error
+    return found
+
+
+def spread(rows: Sequence[Row], part: str | None) -> list[Row]:
+    """The i-th of n parts of about equal size, of ``i/n``, counted from 1; neighbours share most of their work.
+
+    Raises:
+        PandaError: If it is no such part.
+    """
+    if part is None:
+        return list(rows)
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise PandaError(f"--shard={part} is no part: give i/n with i from 1 to n, such as 2/10.")
+    i, n = int(found[1]), int(found[2])
+    return list(rows[len(rows) * (i - 1) // n : len(rows) * i // n])

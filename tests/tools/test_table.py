@@ -7,17 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from panda_lightning import PandaError
+from panda_lightning import Digits, PandaError
 from panda_lightning.cli import run as command
+from panda_lightning.runtime.work import Work
 from panda_lightning.tools import main
 from panda_lightning.tools.plan import planned, spread
-from panda_lightning.tools.rows import Rows
+from panda_lightning.tools.rows import Found, Rows, made
+from panda_lightning.tools.table import Expected
 
 HOME = Path(__file__).parents[2]
 WORDS = ["--trainer.max_epochs=2", "--data.image_size=32", "--data.train_limit=40", "--data.test_limit=120"]
@@ -183,3 +188,109 @@ def test_rows_say_what_made_them(study, workdir):
     assert known["made"].startswith("panda-lightning")
     assert "torch" in known["made"]
     assert time.strftime("%Y-") in known["made"]
+
+
+def table(folder, *words):
+    """A table of small digits runs; its lines by method, class and seed."""
+    status = main(["table", *words, f"--folder={folder}"])
+    lines = list(csv.DictReader((Path(folder) / "table.csv").read_text().splitlines()))
+    return status, {(line["method"], line["normal_class"], line["seed"], line["shots"]): line for line in lines}
+
+
+def test_a_study_names_methods_and_what_follows_it_counts(study, workdir, capsys):
+    (workdir / "study.yaml").write_text(
+        f"config: digits.yaml\nclasses: [8, 9]\nwords: {' '.join(WORDS)}\nfolder: table\n"
+        "methods: {raw: dn2, unit length: dn2 --model.normalize=true}\n"
+    )
+    status, lines = table("table", "--study=study.yaml", "--classes=9")
+    assert status == 0
+    assert {key[:2] for key in lines} == {("raw", "9"), ("unit length", "9")}
+    assert lines["raw", "9", "0", ""]["auroc"] != lines["unit length", "9", "0", ""]["auroc"]
+    capsys.readouterr()
+    status, lines = table("table", "--study=study.yaml", "--run=false")
+    said = capsys.readouterr().out
+    assert len(lines) == 2
+    assert "| 8 | not run | not run |" in said
+    assert "- raw: `panda table --study=study.yaml --classes=8`" in said
+    for name in ("table.md", "table.tex", "table.html"):
+        assert "unit length" in (workdir / "table" / name).read_text()
+
+
+def test_few_shots_are_drawn_by_seed_and_scored_on_all_test_images(study, workdir):
+    words = [
+        "--config=digits.yaml",
+        "--classes=9",
+        "--shots=1,4",
+        "--seeds=0,1",
+        f"--words={' '.join(WORDS[:2] + WORDS[3:])}",
+    ]
+    status, lines = table("table", *words)
+    assert status == 0
+    assert {key[3] for key in lines} == {"1", "4"}
+    aurocs = [float(line["auroc"]) for line in lines.values()]
+    assert len(set(aurocs)) == 4
+    listed = Rows(workdir / "table").read()
+    assert all(len(Rows(workdir / "table").scores(one.row)["score"]) == 120 for one in listed)
+    digits = Digits(normal_class=9, shots=4, seed=1)
+    fewer = Digits(normal_class=9, shots=1, seed=1)
+    assert set(fewer.normal_images.rows) < set(digits.normal_images.rows)
+    assert set(digits.normal_images.rows) != set(Digits(normal_class=9, shots=4).normal_images.rows)
+    with pytest.raises(PandaError, match="shots=900"):
+        _ = Digits(normal_class=9, shots=900).normal_images
+
+
+def test_images_are_decoded_and_pass_the_frozen_layers_once(study, workdir):
+    plan = planned(["digits.yaml"], METHODS, ["8", "9"], [0, 1], WORDS)
+    list(Rows(workdir / "table").make(plan))
+    work = [work for one in Rows(workdir / "table").read() for work in one.work]
+    counts = {(verb, what): [w.images for w in work if (w.verb, w.what) == (verb, what)] for verb, what, *_ in work}
+    assert counts["decoded", "test"] == [120]
+    assert counts["decoded", "normal training"] == [40, 40]
+    passed = "passed through the frozen layers"
+    assert counts[passed, "test"] == [120, 120]  # DN2's whole network, and the layers that PANDA does not adapt
+    assert counts[passed, "normal training"] == [40] * 4
+
+
+def test_kinds_and_pictures_are_those_of_the_images(study, workdir):
+    rows = Rows(workdir / "table")
+    list(rows.make(study[:1]))
+    kept, hard = rows.scores(study[0]), rows.hardest(study[0])
+    targets = Digits(normal_class=8, test_limit=120).test_images.targets
+    assert kept["kind"].tolist() == [str(target) for target in targets]
+    order = np.argsort(kept["score"], kind="stable")
+    missed = [place for place in order if kept["label"][place] == 1][:6]
+    alarms = [place for place in order[::-1] if kept["label"][place] == 0][:6]
+    assert hard["place"].tolist() == missed + alarms
+    assert all(Image.open(BytesIO(jpeg)).size == (32, 32) for jpeg in hard["jpeg"])
+
+
+def test_two_devices_make_the_rows_of_one(study, workdir):
+    one, two = Rows(workdir / "one"), Rows(workdir / "two")
+    several = [
+        replace(row, words=(*row.words, "--trainer.accelerator=cpu", "--trainer.devices=2")) for row in study[4:5]
+    ]
+    list(one.make(study[4:5]))
+    made = [found for _, found in two.make(several)]
+    assert [found.error for found in made] == [None]
+    assert [found.row for found in made] == several
+    for row in study[4:5]:
+        np.testing.assert_allclose(two.scores(row)["score"], one.scores(row)["score"], rtol=1e-4)
+    (early,) = made
+    np.testing.assert_allclose(early.curve, {f.row.name: f for f in one.read()}[early.row.name].curve, atol=1e-3)
+    assert [found for _, found in two.make(several)] == [None]
+
+
+def test_what_is_said_of_time_is_by_kind_of_work(study):
+    def found(row, seconds, work=()):
+        return Found(row, 0.9, [(0, 0.9)], seconds, list(work), made())
+
+    plan = planned(["digits.yaml"], {"dn2": "dn2", "early": "early"}, ["7", "8", "9"], [0, 1], WORDS)
+    first = found(plan[0], 30.0, [Work("passed", "test", 100, 20.0), Work("passed", "normal training", 50, 8.0)])
+    expected = Expected([first])
+    assert expected.seconds(plan[4]) == 10.0  # another class: its own images pass too, test images do not
+    assert expected.seconds(plan[2]) == 2.0  # another seed: nothing passes
+    assert expected.seconds(plan[1]) is None
+    assert "and what takes early" in expected.left(plan[1:])
+    expected.known.append(found(plan[1], 60.0))
+    assert expected.left(plan[2:]).startswith("about 5 min 26 s left")  # 2 + 10 + 2 + 10 + 2 and 5 times 60
+    assert Expected([replace(first, made="elsewhere")]).seconds(plan[4]) is None

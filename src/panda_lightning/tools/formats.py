@@ -12,6 +12,7 @@ from panda_lightning.formulas import uncertainty
 from panda_lightning.tools.rows import Found, Rows
 from panda_lightning.tools.summary import Scored, Summary
 
+MANY = 5  # methods, beyond which Markdown compares only the first with the others
 PAGE = Path(__file__).with_name("table.html")
 COLUMNS = (
     "data", "normal_class", "method", "seed", "shots", "auroc", "low", "high", "reliable", "average_precision",
@@ -134,12 +135,14 @@ def _classes(one: Summary) -> list[str]:
 
 
 def _pairs(one: Summary) -> list[str]:
-    body = []
-    for pair in one["pairs"]:
+    body, first = [], one["methods"][0]["name"]
+    few = len(one["methods"]) <= MANY
+    for pair in (p for p in one["pairs"] if few or first in (p["one"], p["other"])):
         gap, ends = 100 * pair["value"], f"{100 * pair['low']:+.2f}, {100 * pair['high']:+.2f}"
         mark = "" if pair["reliable"] else " (!)"
         body.append([f"{pair['one']} - {pair['other']}", f"{gap:+.2f} [{ends}]{mark}", f"{pair['p']:.2g}"])
-    return ["", *_table(["pair", "difference of means", "p (Holm)"], body)] if body else []
+    rest = [] if few else ["", "The other pairs, which count in Holm's correction, are in table.html."]
+    return ["", *_table(["pair", "difference of means", "p (Holm)"], body), *rest] if body else []
 
 
 def _ranks(ranks: dict[str, Any] | None) -> list[str]:

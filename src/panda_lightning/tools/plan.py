@@ -52,7 +52,7 @@ class Row:
     @property
     def variant(self) -> str:
         """The name of its variant's file, by which published figures are found."""
-        return Path([word for word in self.words if word.startswith("--config=")][-1]).stem
+        return Path([word for word in self.words if word.startswith("--config=")][-1].partition("=")[2]).stem
 
     @property
     def place(self) -> tuple[str, str, str, int]:

@@ -163,6 +163,7 @@ class Rows:
         words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
         cli = run(words, self._sharing())
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
+        log_dir = Path(trainer.log_dir or "")  # asks all processes
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 logger.experiment.finish()  # else the next run would go on in it
@@ -181,7 +182,7 @@ class Rows:
         shown = dataset.pictures(scores.index[hard.copy()])
         jpeg = np.array([_jpeg(picture) for picture in shown.numpy()])
         _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
-        return self._curve(Path(trainer.log_dir or "").parent)
+        return self._curve(log_dir.parent)
 
     def _loggers(self, row: Row) -> list[dict[str, Any]]:
         """CSV, from which the curve comes, and those that were asked for."""

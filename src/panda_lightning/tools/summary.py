@@ -240,7 +240,7 @@ def _over_sets(sets: Sequence[Summary]) -> dict[str, Any] | None:
 
 
 def _curves(some: Sequence[Scored]) -> dict[str, Any]:
-    """AUROC over epochs, for each normal class and over all: the mean over seeds, and the range of seeds."""
+    """AUROC over epochs, for each normal class and, under "", over all: mean over seeds, and their range."""
     curves: dict[str, dict[int, dict[float, float]]] = defaultdict(dict)
     for one in some:
         curves[one.row.normal][one.row.seed] = dict(one.found.curve)
@@ -250,7 +250,7 @@ def _curves(some: Sequence[Scored]) -> dict[str, Any]:
     for seed in sorted(seeds):
         epochs = _common([own[seed] for own in curves.values()])
         means.append({e: float(np.mean([own[seed][e] for own in curves.values()])) for e in epochs})
-    shown = {**found, "mean": _band(means)} if means else found
+    shown = {**found, "": _band(means)} if means else found
     return shown if any(len(band["epochs"]) > 1 for band in shown.values()) else {}
 
 

@@ -24,12 +24,12 @@ from panda_lightning.runtime.whole import new_file
 from panda_lightning.tools import formats
 from panda_lightning.tools.plan import Row, planned, spread
 from panda_lightning.tools.rows import Found, Rows, machine
-from panda_lightning.tools.summary import summary
+from panda_lightning.tools.summary import Summary, summary
 from panda_lightning.tools.tracked import log_table
 from panda_lightning.types import PandaError
 
 HELP = "Run methods on all normal classes and seeds of a data set, and write one table with intervals."
-Listed = str | list[str]
+Listed = str | int | list[str | int]
 
 
 def arguments(parser: OneSentenceParser) -> None:
@@ -41,14 +41,14 @@ def arguments(parser: OneSentenceParser) -> None:
         help="Variants beside the first of them (dn2,early,ewc) or files, each with further words of its own; in a "
         "study also a name for each: {normalised: dn2 --model.normalize=true}.")  # fmt: skip
     add("--classes", type=Listed | None, default=None, help="Normal classes; by default all of the data set.")
-    add("--seeds", type=Listed | int | list[int], default="0", help="Of runs: 0,1,2.")
+    add("--seeds", type=Listed, default="0", help="Of runs: 0,1,2.")
     add(
         "--shots",
-        type=Listed | int | list[int] | None,
+        type=Listed | None,
         default=None,
         help="Train on so few images, drawn by seed: 1,4,16.",
     )
-    add("--words", type=Listed, default="", help="Further words of `lightning` for all: --words='--data.root data'.")
+    add("--words", type=str, default="", help="Further words of `lightning` for all: --words='--data.root data'.")
     add("--folder", type=Path | None, default=None, help="Where all goes; by default below tables/.")
     add("--loggers", type=Listed, default="", help="Beside CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
     add("--shard", type=str | None, default=None, help="Run a part alone, i/n: for an array of jobs on one folder.")
@@ -87,7 +87,7 @@ def plan_of(config: Namespace) -> list[Row]:
         raise PandaError("--config is missing: name a configuration such as conf/digits.yaml.")
     classes = None if config.classes is None else _listed(config.classes)
     shots = [None] if config.shots is None else _numbers("shots", config.shots, 1)
-    words = config.words if isinstance(config.words, list) else shlex.split(config.words)
+    words = shlex.split(config.words)
     return planned(configs, _methods(config.methods), classes, _numbers("seeds", config.seeds, 0), words, shots)
 
 
@@ -152,7 +152,8 @@ class Expected:
         unknown = list(dict.fromkeys(row.column for row in rows if times[row.name] is None))
         known = sum(seconds for seconds in times.values() if seconds is not None)
         end = time.strftime("%H:%M:%S", time.localtime(time.time() + known))
-        return f"about {_time(known)} left, until {end}" + (f", and {', '.join(unknown)}" if unknown else "")
+        more = f", and what takes {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
+        return f"about {_time(known)} left, until {end}{more}"
 
 
 def _time(seconds: float) -> str:
@@ -236,9 +237,7 @@ def _written(rows: Rows, plan: Sequence[Row] | None, config: Namespace) -> int:
     found = [one for one in rows.read() if wanted is None or one.row.name in wanted]
     if not found and plan is None:
         raise PandaError(f"there are no rows in {rows.folder} yet.")
-    order = {row.name: place for place, row in enumerate(plan or [])}
-    found.sort(key=lambda one: order.get(one.row.name, 0))
-    told = summary(rows, found, plan, lambda lacking: _command(config, lacking))
+    told = summarised(rows, found, plan, config)
     table = formats.lines(rows, found)
     texts = {"table.csv": formats.as_csv(table), "table.md": formats.markdown(told) + "\n",
              "table.tex": formats.latex(told), "table.html": formats.page(told)}  # fmt: skip
@@ -253,6 +252,16 @@ def _written(rows: Rows, plan: Sequence[Row] | None, config: Namespace) -> int:
     return 1 if any(one.error for one in found) else 0
 
 
+def summarised(rows: Rows, found: list[Found], plan: Sequence[Row] | None, config: Namespace) -> Summary:
+    """All that outputs show, methods in the order in which they were asked for."""
+    asked = list(_methods(config.methods))
+    wanted = None if plan is None else sorted(plan, key=lambda row: asked.index(row.method))
+    order = {row.place: place for place, row in enumerate(wanted or [])}
+    found = sorted(found, key=lambda one: order.get(one.row.place, 0))
+    told = summary(rows, found, wanted, lambda lacking: _command(config, lacking))
+    return told | {"command": "" if wanted is None else _command(config, wanted)}
+
+
 def _command(config: Namespace, lacking: Sequence[Row]) -> str:
     """What runs some rows of the plan."""
     words = ["panda", "table"]
@@ -260,8 +269,7 @@ def _command(config: Namespace, lacking: Sequence[Row]) -> str:
         words += [f"--study={path}" for path in config.study]
     else:
         words += [f"--config={','.join(_listed(config.config))}"]
-        given = config.words if isinstance(config.words, str) else shlex.join(config.words)
-        words += [f"--words={given}"] if given else []
+        words += [f"--words={config.words}"] if config.words else []
     methods = list(dict.fromkeys(row.method for row in lacking))
     asked = _methods(config.methods)
     if methods != list(asked) and not isinstance(config.methods, dict):

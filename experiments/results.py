@@ -1,0 +1,40 @@
+"""Write the tables of RESULTS.md from recorded rows: python experiments/results.py [--check].
+
+A table stands between `<!-- panda table ... -->` and `<!-- end -->`: it is what this command says of the rows in its
+--folder, without running anything. --check changes nothing, and ends with status 1 where RESULTS.md says otherwise.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from panda_lightning.cli import OneSentenceParser
+from panda_lightning.tools import formats, table
+from panda_lightning.tools.rows import Rows
+
+PAGE = Path(__file__).with_name("RESULTS.md")
+BLOCK = re.compile(r"<!-- (panda table [^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def written(command: str) -> str:
+    """The block of a command."""
+    parser = OneSentenceParser()
+    table.arguments(parser)
+    config = parser.parse_args(shlex.split(command)[2:])
+    plan = table.plan_of(config)
+    rows = Rows(config.folder or Path("none"))
+    places = {row.place for row in plan}
+    found = [one for one in rows.read() if one.row.place in places]
+    text = formats.markdown(table.summarised(rows, found, plan, config))
+    body = text.partition("\n\n")[2]  # without its heading
+    return f"<!-- {command} -->\n\n`{command}`\n\n{body}\n\n<!-- end -->"
+
+
+if __name__ == "__main__":
+    before = PAGE.read_text("utf-8")
+    after = BLOCK.sub(lambda found: written(found[1]), before)
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(after, "utf-8")
+    elif after != before:
+        sys.exit("RESULTS.md is not what the rows say: run python experiments/results.py, and look at what changed.")

@@ -1,7 +1,6 @@
 """The command line as a user calls it, in this process."""
 
 import csv
-import os
 import re
 import shlex
 import shutil
@@ -16,10 +15,12 @@ from jsonargparse import Namespace
 from lightning_utilities.core.imports import RequirementCache
 
 from panda_lightning import CIFAR10, PANDA, ImageFolder
-from panda_lightning.cli import at_home, main
-from panda_lightning.datamodules.mvtec import CATEGORIES
+from panda_lightning.arguments import subclasses
+from panda_lightning.cli import OneSentenceParser, at_home, main
+from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.pictures.images import View
 from panda_lightning.tools import main as panda
+from panda_lightning.tools import table
 from tests.conftest import fast, make_clouds, make_folder
 from tests.datamodules import official
 
@@ -149,42 +150,42 @@ def test_variants_give_the_published_values_and_nothing_leaks(config, run, workd
         assert merged["trainer"] | {"callbacks": None} == trainer | {"callbacks": None}, variant.stem
 
 
-CLASSES = {  # normal classes of a published table; DIOR's 19 are known once its crops are there
-    "cifar10": [str(n) for n in range(10)],
-    "cifar100": [str(n) for n in range(20)],
-    "fashion_mnist": [str(n) for n in range(10)],
-    "cats_vs_dogs": ["cat", "dog"],
-    "dior": [str(n) for n in range(19)],
-    "hyper_kvasir": ["normal"],
-    "mvtec": list(CATEGORIES),
-}
+STUDIES = {path.stem: path for path in (ROOT / "experiments/studies/published").glob("*.yaml")}
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [(n, m) for n in CLASSES for m in PUBLISHED if n == "mvtec" or m not in ("spade", "patchcore")]
-)
-def test_the_published_commands_are_the_papers_settings(name, method, run, capsys, monkeypatch):
-    """The commands that experiments/published/run.sh gives: all classes, and the effective values of the first."""
-    assert {path.stem for path in (ROOT / "experiments/published").glob("*.yaml")} == set(CLASSES)
+ASKED = [
+    (name, text.split()[0]) for name, path in STUDIES.items()
+    for text in yaml.safe_load(path.read_text())["methods"].values()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), ASKED)
+def test_the_published_studies_have_the_papers_settings(name, method, run, capsys, monkeypatch):
+    """All classes of each study, and the effective values of the first."""
+    assert set(STUDIES) == {path.stem for path in CONFIGS} - {"digits", "folder"}
+    assert {method for _, method in ASKED} == set(PUBLISHED)
     monkeypatch.chdir(ROOT)
-    script = subprocess.run(
-        ["experiments/published/run.sh", name, method, "--data.root=D"],
-        env=os.environ | {"LAUNCH": "echo"}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    commands = [shlex.split(line) for line in script.stdout.splitlines()]
-    assert [words[-2] for words in commands] == CLASSES[name]
-    assert {words[0] for words in commands} == {"test" if method in FREE else "fit"}
-    merged = printed(run, capsys, *commands[0][1:])
+    parser = OneSentenceParser()
+    table.arguments(parser)
+    plan = table.plan_of(parser.parse_args([f"--study={STUDIES[name]}", "--words=--data.root=D"]))
+    rows = [row for row in plan if row.variant == method]
+    kind = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}[rows[0].data]
+    assert [row.normal for row in rows] == list(kind.problems()[1])
+    assert {row.words[0] for row in rows} == {"test" if method in FREE else "fit"}
+    merged = printed(run, capsys, *rows[0].words[1:])
     epochs, batch, size, published = PUBLISHED[method]
     arguments = {"class": merged["model"]["class_path"].split(".")[-1], **merged["model"]["init_args"]}
+    told = [word.split("=")[0].removeprefix("--model.") for word in rows[0].words]  # OC-SVM's oracle
+    published = {key: value for key, value in published.items() if key not in told}
     assert {key: arguments[key] for key in published} == published
     assert arguments.get("backbone", "resnet152.tv_in1k") == published.get("backbone", "resnet152.tv_in1k")
     data = merged["data"]["init_args"]
     crop = "squash" if size else "center"
     assert (data["root"], data["batch_size"]) == ("D", batch or 32)
-    view = CIFAR10(**{key: data[key] for key in ("image_size", "crop", "resize")}).view
-    assert (view.size, view.crop) == (size or 224, crop)
-    assert data["category" if name == "mvtec" else "normal_class"] in (CLASSES[name][0], 0)
+    view = kind(**{key: data[key] for key in ("image_size", "crop", "resize")}).view
+    own = next((int(w.split("=")[1]) for w in rows[0].words if w.startswith("--data.image_size")), size or 224)
+    assert (view.size, view.crop) == (own, crop)
+    assert data[kind.problems()[0]] in (rows[0].normal, int(rows[0].normal) if rows[0].normal.isdecimal() else None)
     assert method in FREE or merged["trainer"]["max_epochs"] == epochs
 
 

@@ -44,6 +44,7 @@ def test_markdown_has_means_beside_published_figures_and_what_was_not_run(told):
     assert "best epoch (oracle)" in heads
     heads, _, *body = table(text, "normal class")
     assert body[0][0] == NASTY
+    assert [line[heads.index("ewc, published")] for line in body] == ["", "90.55", "94.42"]
     assert [line[2] for line in body][1:] == ["not run", "not run"]
     assert "- ewc: `panda table 2`" in text
     assert "- CIFAR10, cat, ewc, seed 0: out of | memory" in text

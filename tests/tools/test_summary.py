@@ -1,7 +1,9 @@
 """What rows say together, against scikit-learn, SciPy and plain loops."""
 
 import base64
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +190,15 @@ def test_published_figures_have_sources():
     assert [values[d]["patchcore"] for d in ("CIFAR10", "CIFAR100", "FashionMNIST")] == [[67.2], [64.1], [77.4]]
     for methods in PUBLISHED.values():
         assert all(50 < one["value"] <= 100 and len(one["source"]) > 10 for own in methods.values() for one in own)
+
+
+def test_the_readme_has_the_same_figures():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    said = re.findall(r"^\|[^|]+\| `(\w+)` \|.*\| ([\d.]+)[^|]*\|$", text, re.MULTILINE)
+    assert len(said) >= 6
+    for data, figure in said:
+        known = [one["value"] for own in PUBLISHED[data].values() for one in own]
+        assert float(figure) in known or 100 * float(figure) in known, (data, figure)
 
 
 def test_histograms_count_every_image_and_pictures_say_what_they_passed_for(rows):

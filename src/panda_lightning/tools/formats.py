@@ -130,8 +130,17 @@ def _published(values: Sequence[dict[str, Any]]) -> str:
 
 def _classes(one: Summary) -> list[str]:
     names = [method["name"] for method in one["methods"]]
-    body = [[p, *(percent(one["cells"][name].get(p), interval=False) for name in names)] for p in one["problems"]]
-    return _table(["normal class", *names], body)
+    known = {f"{method['name']}, published": value["classes"] for method in [*one["methods"], *one["others"]]
+             for value in method["published"] if "classes" in value}  # fmt: skip
+    body = [
+        [
+            problem,
+            *(percent(one["cells"][name].get(problem), interval=False) for name in names),
+            *(classes.get(problem, "") for classes in known.values()),
+        ]
+        for problem in one["problems"]
+    ]
+    return _table(["normal class", *names, *known], body)
 
 
 def _pairs(one: Summary) -> list[str]:

@@ -267,6 +267,7 @@ def _command(config: Namespace, lacking: Sequence[Row]) -> str:
     words = ["panda", "table"]
     if config.get("study"):
         words += [f"--study={path}" for path in config.study]
+        words += [] if config.run else ["--run=true"]
     else:
         words += [f"--config={','.join(_listed(config.config))}"]
         words += [f"--words={config.words}"] if config.words else []

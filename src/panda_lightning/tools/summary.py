@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from scipy import stats
 
 from panda_lightning.formulas import uncertainty
+from panda_lightning.formulas.metrics import auroc
 from panda_lightning.formulas.uncertainty import Estimate
 from panda_lightning.tools.plan import Row
 from panda_lightning.tools.rows import Found, Rows
@@ -56,7 +58,7 @@ class Scored:
         if len(curve) > 1 and curve[0][0] == 0:
             own["start"] = curve[0][1]
         if len(curve) > 1:
-            own["oracle"] = max(auroc for _, auroc in curve)
+            own["oracle"] = max(value for _, value in curve)
         return own
 
 
@@ -182,8 +184,8 @@ def _kinds(some: Sequence[Scored]) -> dict[str, float]:
         for kind in np.unique(one.kind[~normal]):
             chosen = normal | (one.kind == kind)
             name = f"{one.row.normal}, {kind}" if separate else str(kind)
-            ones = np.ones((1, int(chosen.sum())))
-            found[name].append(float(uncertainty.aurocs(one.score[chosen], one.label[chosen], ones)[0]))
+            score, label = (torch.from_numpy(part[chosen]) for part in (one.score, one.label))
+            found[name].append(auroc(score, label))
     return {kind: float(np.mean(values)) for kind, values in sorted(found.items())}
 
 

@@ -8,7 +8,7 @@ import panda_lightning
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
     {"types", "runtime.processes", "runtime.derived"},
-    {"arguments", "runtime.whole"},
+    {"arguments", "runtime.whole", "runtime.work"},
     {
         "formulas.conformal", "formulas.feature_health", "formulas.losses", "formulas.metrics",
         "formulas.pixel_metrics", "formulas.uncertainty", "networks.augment", "networks.folding",

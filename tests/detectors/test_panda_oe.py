@@ -70,9 +70,9 @@ def test_no_more_outliers_are_read_than_the_steps_take(folder, tmp_path, many, c
     module = data(folder, outliers=many)
     trainer(tmp_path, epochs=1).fit(PANDAOE("panda_tiny"), module)
     assert "12 of 40 outliers are as many as this run's steps take" in caplog.text
-    assert len(module._decoded["outlier"][1].pixels) == 12
+    assert len(module.decoded["outlier"][1].pixels) == 12
     trainer(tmp_path / "long", epochs=4).fit(PANDAOE("panda_tiny"), module)
-    assert len(module._decoded["outlier"][1].pixels) == 40
+    assert len(module.decoded["outlier"][1].pixels) == 40
 
 
 def test_few_outliers_come_again_within_an_epoch(folder, tmp_path, outliers):

@@ -123,7 +123,7 @@ def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, s
     module = mvtec(tmp_path)
     with pytest.raises(PandaError, match=sentence):
         trainer(tmp_path).test(SPADE("panda_tiny", **{"k": 2, **options}), module, verbose=False)
-    assert not module._decoded
+    assert not module.decoded
 
 
 def test_spade_compares_with_all_images_where_there_are_fewer_than_k(tmp_path, caplog):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -131,6 +132,18 @@ def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdi
         np.testing.assert_array_equal(one["score"], other["score"])
 
 
+def test_a_row_of_a_later_class_goes_on_from_its_own_checkpoint(study, workdir):
+    table, early = Rows(workdir / "table"), [row for row in study if row.method == "early"]
+    first = [found for _, found in table.make(early)]
+    table.path(early[1]).unlink()
+    (again,) = (found for _, found in Rows(workdir / "table").make(early) if found)
+    assert again.curve == first[1].curve
+    runs = workdir / "table/runs" / early[1].name
+    assert "Restor" in (runs / "log.txt").read_text()
+    told = torch.load(next(runs.glob("version_0/checkpoints/*.ckpt")), weights_only=True)
+    assert str(told["datamodule_hyper_parameters"]["normal_class"]) == "9"
+
+
 @pytest.mark.parametrize("code", [143, 1, 75])
 def test_a_signal_or_ctrl_c_is_no_failed_row(study, workdir, monkeypatch, code):
     def stopped(*_):
@@ -165,6 +178,8 @@ def test_two_processes_share_the_work_of_a_folder(study, workdir):
         (("--config=digits.yaml", "--seeds=a"), "--seeds=a are not whole numbers"),
         (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is no part"),
         (("--merge=x",), "--merge needs --folder"),
+        (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is no logger: choose from"),
+        (("--config=digits.yaml", "--loggers=CometLogger"), "CometLogger needs the package comet_ml"),
         (("--merge=x", "--folder=y"), "x has no rows"),
     ],
 )
@@ -211,7 +226,7 @@ def test_a_study_names_methods_and_what_follows_it_counts(study, workdir, capsys
     said = capsys.readouterr().out
     assert len(lines) == 2
     assert "| 8 | not run | not run |" in said
-    assert "- raw: `panda table --study=study.yaml --classes=8`" in said
+    assert "- raw: `panda table --study=study.yaml --run=true --classes=8`" in said
     for name in ("table.md", "table.tex", "table.html"):
         assert "unit length" in (workdir / "table" / name).read_text()
 

@@ -77,6 +77,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     Attributes:
         COMPUTING: Arguments that say where images are and how to load them, not which and how they look.
+        decoded: Images by split with what they were made from; data modules of one class may share it.
     """
 
     COMPUTING = ("root", "eval_batch_size", "memory_gb", "num_workers", "accept_license", "max_megapixels")
@@ -134,7 +135,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         self.seed = seed
         self.outliers = outliers
         self._listed: dict[str, tuple[Any, Any]] = {}  # see _once
-        self._decoded: dict[str, tuple[Any, Any]] = {}
+        self.decoded: dict[str, tuple[Any, Any]] = {}
         self._shown: dict[str, ImageDataset] = {}  # of the run under way; a detector may hide its images
         self._introduced = False
 
@@ -473,7 +474,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
                 return decoded(images, view, in_memory, self.on_error == "skip", f"Decoding {what} images")
 
         made_from = (images.fingerprint(self.root, times=True), view, in_memory, self.on_error)
-        return self._once(self._decoded, what, made_from, read)
+        return self._once(self.decoded, what, made_from, read)
 
     def _loader(self, dataset: ImageDataset, train: bool = False) -> DataLoader[Batch]:
         rank = self.trainer.global_rank if self.trainer else 0

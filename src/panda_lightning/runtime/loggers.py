@@ -67,7 +67,7 @@ class AutoWandbLogger(WandbLogger):
                 self._wandb_init["mode"] = "offline"
                 run = super().experiment
             run.log = self._while_it_lives(run.log)
-            for metrics in ("val/*", "train/*", "test/*", "bank/*"):
+            for metrics in ("val/*", "train/*", "test/*", "bank/*", "features/*", "scores/*"):
                 run.define_metric(metrics, step_metric="epochs_trained")
         return self._experiment
 

@@ -1,9 +1,9 @@
 """The runs of a table, one after the other in one process: what they share is done once.
 
 Each run is that of ``lightning fit`` (or ``test``, for what trains nothing) with the same words. A row is a JSON file
-that appears when its run is complete, with the scores beside it; whoever starts again finds it. Images are decoded once
-for all rows that one data module can serve, and the layers that no method changes see each image once
-(``prefix_cache_dir``). A run on several devices is a process of its own, which starts the others.
+that appears when its run is complete, with the scores beside it; whoever starts again finds it. Rows of one view share
+what is decoded, and the layers that no method changes see each image once (``prefix_cache_dir``). A run on several
+devices is a process of its own, which starts the others.
 """
 
 import json
@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import WandbLogger
 from typing_extensions import override
 
-from panda_lightning.callbacks import SampleWiseEarlyStopping
+from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.cli import VERSION, PandaCLI, run, silence
+from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import Detector
+from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
 from panda_lightning.tools.plan import Row
@@ -76,7 +77,7 @@ class Rows:
     def __init__(self, folder: Path, loggers: Sequence[str] = ()) -> None:
         self.folder = folder
         self.loggers = loggers
-        self._data: list[Any] = []  # one data module for all rows that it can serve
+        self._decoded: dict[type[Any], Any] = {}  # what data modules of a class have decoded
 
     def path(self, row: Row) -> Path:
         """The file of a row."""
@@ -123,7 +124,7 @@ class Rows:
         log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with _logged(log, work):
+            with _logged(log, work), _own_wandb_run():
                 curve = self._run(row)
         except SeveralDevicesError:
             return self._made_apart(row, log, lock)
@@ -164,9 +165,6 @@ class Rows:
         cli = run(words, self._sharing())
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
         log_dir = Path(trainer.log_dir or "")  # asks all processes
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                logger.experiment.finish()  # else the next run would go on in it
         if not trainer.is_global_zero:
             return []
         scores: Any = model.scores
@@ -186,12 +184,20 @@ class Rows:
 
     def _loggers(self, row: Row) -> list[dict[str, Any]]:
         """CSV, from which the curve comes, and those that were asked for."""
+        place = self.folder / "runs"
         own: dict[str, dict[str, Any]] = {
-            "AutoWandbLogger": {"name": row.name, "id": row.name, "resume": "allow", "group": row.data,
-                                "job_type": row.column, "tags": [row.normal, f"seed {row.seed}"]},
-            "MLFlowLogger": {"experiment_name": row.data, "run_name": row.name},
+            "AutoWandbLogger": {"name": row.name, "id": f"{row.name}-{fingerprint(str(self.folder.absolute()))}",
+                                "resume": "allow", "group": row.data, "job_type": row.column,
+                                "tags": [row.normal, f"seed {row.seed}"]},
+            # folders of their own: MLflow takes each folder beside its own for an experiment, and TensorBoard shows a
+            # run that goes on as one only where its files lie together
+            "MLFlowLogger": {"save_dir": str(place / "mlruns"), "experiment_name": row.data, "run_name": row.name},
+            "TensorBoardLogger": {"save_dir": str(place / "tensorboard"), "name": row.name, "version": "",
+                                  "default_hp_metric": False},
         }  # fmt: skip
-        runs = {"save_dir": str(self.folder / "runs")}
+        if "MLFlowLogger" in self.loggers and "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 refuses files unless this is said
+        runs = {"save_dir": str(place)}
         first = {"class_path": "CSVLogger", "init_args": {**runs, "name": row.name}}
         more = [{"class_path": one, "init_args": {**runs, **own.get(one, {"name": row.name})}} for one in self.loggers]
         return [first, *more]
@@ -210,8 +216,8 @@ class Rows:
         return sorted(points.items())
 
     def _sharing(self) -> type[PandaCLI]:
-        """A command line whose runs share data modules, and what frozen layers make of images."""
-        shared, cache = self._data, str(self.folder / "shared")
+        """A command line whose runs share decoded images, and what frozen layers make of them."""
+        shared, cache = self._decoded, str(self.folder / "shared")
 
         class Sharing(PandaCLI):
             @override
@@ -221,14 +227,11 @@ class Rows:
                     raise SeveralDevicesError
                 if isinstance(self.model, Detector):
                     self.model.prefix_cache_dir = cache
-                for data in shared:
-                    if type(data) is type(self.datamodule):
-                        for name, value in self.datamodule.hparams.items():
-                            if getattr(data, name, None) != value:
-                                setattr(data, name, value)
-                        self.datamodule = data
-                        return
-                shared.append(self.datamodule)
+                if isinstance(self.datamodule, AnomalyDataModule):
+                    self.datamodule.decoded = shared.setdefault(type(self.datamodule), self.datamodule.decoded)
+                callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+                if self.config.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in callbacks):
+                    callbacks.insert(0, SaveOnSignal())  # a table that is told to end loses no epoch
 
         return Sharing
 
@@ -262,6 +265,19 @@ class _Collected(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
         self.work += [record.work] if hasattr(record, "work") else []
+
+
+@contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """W&B's run ends with the row, also where it failed: else the next row would go on in it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
 
 
 @contextmanager

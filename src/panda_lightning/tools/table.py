@@ -10,14 +10,18 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
+from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from panda_lightning.arguments import subclasses
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.formulas import uncertainty
 from panda_lightning.runtime.whole import new_file
@@ -29,6 +33,8 @@ from panda_lightning.tools.tracked import log_table
 from panda_lightning.types import PandaError
 
 HELP = "Run methods on all normal classes and seeds of a data set, and write one table with intervals."
+PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "MLFlowLogger": ("mlflow",),
+            "CometLogger": ("comet_ml",), "NeptuneLogger": ("neptune",)}  # fmt: skip
 Listed = str | int | list[str | int]
 
 
@@ -74,7 +80,7 @@ def run(config: Namespace) -> int:
             "a table is one process, which starts others for --trainer.devices: leave torchrun or srun out."
         )
     plan = plan_of(config)
-    rows = Rows(config.folder or Path("tables") / plan[0].data.lower(), _listed(config.loggers))
+    rows = Rows(config.folder or Path("tables") / plan[0].data.lower(), _loggers(config.loggers))
     if config.run:
         _make(rows, spread(plan, config.shard), config.again)
     return _written(rows, plan, config)
@@ -94,6 +100,19 @@ def plan_of(config: Namespace) -> list[Row]:
 def _listed(given: Any) -> list[str]:
     parts = given if isinstance(given, list) else str(given).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _loggers(given: Any) -> list[str]:
+    """Classes of loggers that can work here."""
+    named = _listed(given)
+    known = sorted(cls.__name__ for cls in subclasses(Logger) if not isabstract(cls))
+    for name in named:
+        if name not in known:
+            raise PandaError(f"--loggers={name} is no logger: choose from {', '.join(known)}.")
+        if name in PACKAGES and not any(map(find_spec, PACKAGES[name])):
+            package = PACKAGES[name][0]
+            raise PandaError(f"{name} needs the package {package}: `pip install {package}`, or leave it out.")
+    return named
 
 
 def _numbers(name: str, given: Any, least: int) -> list[int]:

@@ -1,11 +1,11 @@
 """The table as a run of Weights & Biases."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.loggers import AutoWandbLogger
 from panda_lightning.tools.summary import Summary
 
@@ -28,7 +28,7 @@ def log_table(folder: Path, told: Summary, table: Sequence[dict[str, Any]]) -> N
         told: See summary.summary.
         table: Lines, see formats.lines; at least one.
     """
-    own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+    own = fingerprint(str(folder.absolute()))
     name = re.sub(r"[^A-Za-z0-9]+", "-", told["title"])
     logger = AutoWandbLogger(
         save_dir=str(folder / "runs"), name="table", id=f"table-{name}-{own}", group=told["title"], job_type="table",
@@ -40,13 +40,15 @@ def log_table(folder: Path, told: Summary, table: Sequence[dict[str, Any]]) -> N
 
     columns = list(table[0])
     shown: dict[str, Any] = {
-        "table/runs": wandb.Table(columns, [[line[column] for column in columns] for line in table]),
+        "table/runs": wandb.Table([*columns], [[line[column] for column in columns] for line in table]),
         "table/means": wandb.Table(list(MEANS), [list(means) for one in told["sets"] for means in _means(one)]),
         # inject would add a style sheet of W&B's servers
         "table/page": wandb.Html((folder / "table.html").read_text("utf-8"), inject=False),
     }
     for one in told["sets"]:
-        values = wandb.Table(["method", "AUROC"], [[m["name"], m["mean"]["value"]] for m in one["methods"] if m["mean"]])
+        values = wandb.Table(
+            ["method", "AUROC"], [[m["name"], m["mean"]["value"]] for m in one["methods"] if m["mean"]]
+        )
         shown[f"means/{one['data']}"] = wandb.plot.bar(values, "method", "AUROC", f"{one['data']}: mean AUROC")
         if points := list(_curves(one)):
             curves = wandb.Table(["epochs trained", "AUROC", "method"], points)
@@ -71,7 +73,7 @@ def _means(one: Summary) -> Iterator[tuple[Any, ...]]:
 
 def _curves(one: Summary) -> Iterator[list[Any]]:
     """Points of the mean over classes; a method without training is a level line, as on the page."""
-    means = {name: curves["mean"] for name, curves in one["curves"].items()}
+    means = {name: curves[""] for name, curves in one["curves"].items()}
     last = max((epoch for mean in means.values() for epoch in mean["epochs"]), default=None)
     for method in one["methods"]:
         if mean := means.get(method["name"]):

@@ -26,7 +26,7 @@ def written(command: str) -> str:
     rows = Rows(config.folder or Path("none"))
     places = {row.place for row in plan}
     found = [one for one in rows.read() if one.row.place in places]
-    text = formats.markdown(table.summarised(rows, found, plan, config))
+    text = formats.markdown(table.summarised(rows, found, plan, config), how="")
     body = text.partition("\n\n")[2]  # without its heading
     return f"<!-- {command} -->\n\n`{command}`\n\n{body}\n\n<!-- end -->"
 

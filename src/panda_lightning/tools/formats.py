@@ -58,8 +58,8 @@ def page(summary: Summary) -> str:
     return PAGE.read_text("utf-8").replace("/*CONTENT*/", content)
 
 
-def markdown(summary: Summary) -> str:
-    """The tables for people who read text."""
+def markdown(summary: Summary, how: str = HOW) -> str:
+    """The tables for people who read text, with how numbers are made."""
     text: list[str] = []
     for one in summary["sets"]:
         text += [f"## {one['data']}", "", *_means(one), "", *_classes(one), *_pairs(one), *_ranks(one["ranks"])]
@@ -70,7 +70,8 @@ def markdown(summary: Summary) -> str:
         failed = [f"- {', '.join(map(str, list(f.values())[:3]))}, seed {f['seed']}: {f['error']}"
                   for f in summary["failed"]]  # fmt: skip
         text += ["Failed:", "", *failed, ""]
-    return "\n".join([*text, HOW, "", f"Made by {'; '.join(summary['made'])}." if summary["made"] else "No runs yet."])
+    made = f"Made by {'; '.join(summary['made'])}." if summary["made"] else "No runs yet."
+    return "\n".join([*text, *([how, ""] if how else []), made])
 
 
 def percent(told: dict[str, Any] | None, interval: bool = True) -> str:
@@ -129,6 +130,8 @@ def _published(values: Sequence[dict[str, Any]]) -> str:
 
 
 def _classes(one: Summary) -> list[str]:
+    if not any(one["cells"].values()):
+        return []
     names = [method["name"] for method in one["methods"]]
     known = {f"{method['name']}, published": value["classes"] for method in [*one["methods"], *one["others"]]
              for value in method["published"] if "classes" in value}  # fmt: skip
@@ -180,8 +183,12 @@ def _kinds(one: Summary) -> list[str]:
 
 
 def _commands(one: Summary) -> list[str]:
-    lacking = [f"- {method['name']}: `{method['command']}`" for method in one["methods"] if method["command"]]
-    return ["", "Not run:", "", *lacking] if lacking else []
+    lacking: dict[str, list[str]] = {}
+    for method in one["methods"]:
+        if method["command"]:
+            lacking.setdefault(method["command"], []).append(method["name"])
+    said = [f"- {'; '.join(names)}: `{command}`" for command, names in lacking.items()]
+    return ["", "Not run:", "", *said] if said else []
 
 
 def latex(summary: Summary) -> str:

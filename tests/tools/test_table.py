@@ -91,7 +91,7 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
     half = capsys.readouterr().out
     assert "| dn2 | 1 of 2 |" in half
     assert "| 9 | not run | not run |" in half
-    assert "- dn2; early: `panda table --config=digits.yaml" in half
+    assert "- early: `panda table --config=digits.yaml" in half
     assert main([*words, "--folder=b", "--shard=2/2"]) == 0
     capsys.readouterr()
     assert main(["table", "--merge=a,b", "--folder=both"]) == 0

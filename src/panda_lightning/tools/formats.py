@@ -87,6 +87,10 @@ def _optional(value: float | None, form: str = ".2f", scale: float = 100) -> str
     return "" if value is None else format(scale * value, form)
 
 
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
 def _row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
@@ -152,7 +156,7 @@ def _pairs(one: Summary) -> list[str]:
     for pair in (p for p in one["pairs"] if few or first in (p["one"], p["other"])):
         gap, ends = 100 * pair["value"], f"{100 * pair['low']:+.2f}, {100 * pair['high']:+.2f}"
         mark = "" if pair["reliable"] else " (!)"
-        body.append([f"{pair['one']} - {pair['other']}", f"{gap:+.2f} [{ends}]{mark}", f"{pair['p']:.2g}"])
+        body.append([f"{pair['one']} - {pair['other']}", f"{gap:+.2f} [{ends}]{mark}", _p(pair["p"])])
     rest = [] if few else ["", "The other pairs, which count in Holm's correction, are in table.html."]
     return ["", *_table(["pair", "difference of means", "p (Holm)"], body), *rest] if body else []
 
@@ -164,12 +168,12 @@ def _ranks(ranks: dict[str, Any] | None) -> list[str]:
     listed = ", ".join(f"{ranks['methods'][i]} {ranks['average'][i]:.2f}" for i in order)
     pairs = [(ranks["wilcoxon"][i][j], f"{ranks['methods'][i]} - {ranks['methods'][j]}") for i in order for j in order
              if i < j]  # fmt: skip
-    lowest = ", ".join(f"{name} {p:.2g}" for p, name in sorted(pairs)[:3])
+    lowest = ", ".join(f"{name} {_p(p)}" for p, name in sorted(pairs)[:3])
     f = "infinite" if ranks["f"] is None else f"{ranks['f']:.3g}"
     return [
         "",
         f"Average ranks over {ranks['problems']} problems (1 is best): {listed}. Friedman with Iman and Davenport's "
-        f"F {f}, p {ranks['p']:.2g}; critical difference by Nemenyi {ranks['critical_difference']:.2f}; smallest p of "
+        f"F {f}, p {_p(ranks['p'])}; critical difference by Nemenyi {ranks['critical_difference']:.2f}; smallest p of "
         f"Wilcoxon with Holm: {lowest}.",
     ]
 

@@ -338,7 +338,10 @@ def test_friedman_of_equal_and_of_always_ordered_methods():
     assert friedman(np.full((5, 3), 0.9))[1:] == (0, 0, 1)
     found = friedman(np.arange(15.0).reshape(5, 3))
     assert found.ranks.tolist() == [3, 2, 1]
-    assert found[1:] == (pytest.approx(10), np.inf, 0)
+    assert found[1:3] == (pytest.approx(10), np.inf)
+    assert found.p == pytest.approx(1 / 6**4, abs=6e-4)  # of all orders within five problems, six agree
+    assert friedman(np.array([[0.9, 0.8, 0.7]] * 2)).p == pytest.approx(1 / 6, abs=0.015)
+    assert friedman(np.array([[0.9, 0.8, 0.7]] * 10)).p == 0  # F's own
     noisy = np.full((5, 3), 0.3)
     noisy[:, 1] = 0.1 + 0.2  # equal but for rounding
     assert friedman(noisy).ranks.tolist() == [2, 2, 2]

@@ -39,16 +39,16 @@ def test_markdown_has_means_beside_published_figures_and_what_was_not_run(told):
     dn2, ewc = (dict(zip(heads, line, strict=True)) for line in body[:2])
     mean = told[1]["sets"][0]["methods"][0]["mean"]
     assert dn2["mean"] == f"{100 * mean['value']:.2f} [{100 * mean['low']:.2f}, {100 * mean['high']:.2f}]"
-    assert (dn2["published"], dn2["difference"]) == ("92.5", f"{100 * mean['value'] - 92.5:+.2f}")
+    assert (dn2["published"], dn2["difference"]) == ("92.5 (all classes)", "")
     assert ewc["runs"] == "1 of 3"
     assert "best epoch (oracle)" in heads
     heads, _, *body = table(text, "normal class")
     assert body[0][0] == NASTY
     assert [line[heads.index("ewc, published")] for line in body] == ["", "90.55", "94.42"]
-    assert [line[2] for line in body][1:] == ["not run", "not run"]
-    assert "- ewc: `panda table 2`" in text
+    assert [line[2] for line in body][1:] == ["failed", "not run"]
+    assert "- ewc: `panda table 2`" in text  # one failed, and one is not there
     assert "- CIFAR10, cat, ewc, seed 0: out of | memory" in text
-    assert "| Transformaly, published |  |  |  | 98.3 |" in text
+    assert "| Transformaly, published |  |  |  | 98.3 (all classes) |" in text
     assert "panda-lightning 0, here" in text
 
 
@@ -57,9 +57,10 @@ def test_latex_has_as_many_cells_in_every_row_and_nothing_that_breaks_it(told):
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {2}
     assert r"a|b \& <c>\_" in text
-    assert r'"1"\%</script>' in text
+    assert r"''1''\%</script>" in text
     assert text.count(r"\textbf{") == 1  # the one class that both have run
-    assert "92.5 & 96.2" in text
+    assert "published & -- & --" in text  # theirs are over other classes
+    assert formats._tex('--a "b"') == "-{}-a ''b''"
 
 
 def test_the_csv_has_a_line_a_run(told):

@@ -43,19 +43,43 @@ def test_methods_that_see_the_same_come_together_class_by_class():
     assert {method for _, method, _ in order[8:12]} == {"small"}
 
 
-def test_words_of_a_method_come_before_those_of_its_row():
-    (row,) = rows({"x": "dn2 --model.k=3 --data.seed=7"}, classes=("9",), seeds=(4,), words=("--data.root=D",))
+def test_a_methods_own_words_override_those_of_all():
+    (row,) = rows({"x": "dn2 --model.k 3"}, classes=("9",), seeds=(4,), words=("--data.root", "D", "--model.k=5"))
     assert row.words[0] == "test"
-    assert row.words[-5:] == (
-        "--data.seed=7",
-        "--data.root=D",
-        "--data.normal_class=9",
-        "--seed_everything=4",
-        "--data.seed=4",
-    )
+    assert row.words[-6:] == (
+        "--data.root=D", "--model.k=5", "--model.k=3", "--data.normal_class=9", "--seed_everything=4", "--data.seed=4",
+    )  # fmt: skip
     assert row.variant == "dn2"
     assert row.command.startswith("lightning test --config=")
     assert Row.of(row.words_of()) == row
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--data.seed=1"], "--data.seed is set by the table \\(--seeds\\)"),
+     (["--data.normal_class", "3"], "--data.normal_class is set by the table \\(--classes\\)"),
+     (["--data.class_path=CIFAR10"], "set by the table"), (["--trainer.logger=x"], "set by the table \\(--loggers\\)"),
+     (["--ckpt_path=last"], "rows go on by themselves"), (["x"], "'x' is no option"), (["--model.k"], "is no option")],
+)  # fmt: skip
+def test_words_that_the_table_sets_are_refused(words, said):
+    with pytest.raises(PandaError, match=said):
+        rows({"dn2": "dn2"}, words=words)
+    with pytest.raises(PandaError, match=said):
+        rows({"dn2": " ".join(["dn2", *words])})
+
+
+def test_classes_are_known_by_name_and_number():
+    config = [str(HOME / "conf/cifar10.yaml")]
+    assert [row.normal for row in rows({"dn2": "dn2"}, ("0", "truck"), configs=config)] == ["airplane", "truck"]
+    assert [row.normal for row in rows({"dn2": "dn2"}, ("7", "0"))] == ["7", "0"]
+    with pytest.raises(PandaError, match="names airplane twice"):
+        rows({"dn2": "dn2"}, ("0", "airplane"), configs=config)
+
+
+def test_where_files_are_does_not_make_another_row():
+    one, other = (rows({"dn2": "dn2"}, words=(f"--data.root={root}",))[0] for root in "AB")
+    assert one.name == other.name
+    assert one.words != other.words
 
 
 def test_few_shots_have_no_more_neighbours_than_images(tmp_path):

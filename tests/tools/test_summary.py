@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from panda_lightning import MVTecAD
 from panda_lightning.formulas import uncertainty
 from panda_lightning.tools.rows import Rows
 from panda_lightning.tools.summary import PUBLISHED, summary
@@ -168,8 +169,7 @@ def test_what_is_lacking_has_its_command_and_what_failed_its_sentence(rows):
     told = summary(rows, rows.read(), plan, lambda lacking: " ".join(one.name for one in lacking))
     dn2, ewc = told["sets"][0]["methods"]
     assert (dn2["runs"], dn2["planned"], ewc["runs"], ewc["mean"]) == (1, 2, 0, None)
-    assert dn2["command"] == plan[1].name
-    assert ewc["command"] == f"{plan[2].name} {plan[3].name}"
+    assert dn2["command"] == ewc["command"] == " ".join(one.name for one in plan[1:])
     assert told["failed"] == [{"data": "Digits", "normal": "c1", "method": "dn2", "seed": 0, "error": "no memory"}]
 
 
@@ -180,6 +180,31 @@ def test_published_figures_stand_by_the_variant_whatever_its_name(rows):
     (told,) = summary(rows, rows.read(), None)["sets"]
     assert [one["value"] for one in told["methods"][0]["published"]] == [92.5]
     assert "dn2" not in [one["name"] for one in told["others"]]
+
+
+def test_published_figures_are_compared_over_the_same_classes(rows):
+    for seed, normal in enumerate(("bottle", "grid")):
+        kind, label, score = drawn(seed)
+        record(rows, row("dn2", normal, data="MVTecAD"), score, label, kind)
+        record(rows, row("patchcore", normal, data="MVTecAD"), score, label, kind)
+    dn2, patchcore = summary(rows, rows.read(), None)["sets"][0]["methods"]
+    assert dn2["published"][0]["comparable"] == pytest.approx((97.9 + 54.0) / 2)
+    assert patchcore["published"][0]["comparable"] is None  # known over all categories alone
+    for normal in MVTecAD.problems()[1]:
+        record(rows, row("spade", normal, data="MVTecAD"), score, label, kind)
+    methods = {m["name"]: m for m in summary(rows, rows.read(), None)["sets"][0]["methods"]}
+    assert methods["spade"]["published"][0]["comparable"] == 85.4
+
+
+def test_few_shots_are_not_compared_with_more(rows):
+    kind, label, score = drawn()
+    for shots in (1, 4, None):
+        for method in ("dn2", "early"):
+            record(rows, row(method, shots=shots), score, label, kind)
+    pairs = summary(rows, rows.read(), None)["sets"][0]["pairs"]
+    assert sorted((p["one"], p["other"]) for p in pairs) == [
+        ("dn2", "early"), ("dn2, 1-shot", "early, 1-shot"), ("dn2, 4-shot", "early, 4-shot"),
+    ]  # fmt: skip
 
 
 def test_published_figures_have_sources():

@@ -1,8 +1,10 @@
 """Tables of runs: the numbers of separate runs, each once, whatever happens in between."""
 
 import csv
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,7 +93,7 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
     half = capsys.readouterr().out
     assert "| dn2 | 1 of 2 |" in half
     assert "| 9 | not run | not run |" in half
-    assert "- early: `panda table --config=digits.yaml" in half
+    assert "- dn2; early: `panda table --config=digits.yaml --methods=dn2,early --classes=9 " in half
     assert main([*words, "--folder=b", "--shard=2/2"]) == 0
     capsys.readouterr()
     assert main(["table", "--merge=a,b", "--folder=both"]) == 0
@@ -173,7 +175,14 @@ def test_two_processes_share_the_work_of_a_folder(study, workdir):
     [
         ((), "--config is missing"),
         (("--config=nothing.yaml",), "nothing.yaml cannot be read as a configuration"),
-        (("--config=digits.yaml", "--methods=other"), "variants/other.yaml cannot be read"),
+        (
+            ("--config=digits.yaml", "--methods=other"),
+            "there is no variants/other.yaml: choose a variant (deep_svdd, dn2",
+        ),
+        (("--config=digits.yaml", "--methods="), "--methods is empty"),
+        (("--config=digits.yaml", "--words=--a='b"), "cannot be split into words"),
+        (("--config=digits.yaml", '--methods={"": "dn2"}'), "has no name"),
+        (("--config=digits.yaml", "--folder=digits.yaml"), "--folder=digits.yaml is a file"),
         (("--config=digits.yaml", "--methods=dn2,dn2"), "the method dn2 is named twice"),
         (("--config=digits.yaml", "--seeds=a"), "--seeds=a are not whole numbers"),
         (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is no part"),
@@ -226,7 +235,7 @@ def test_a_study_names_methods_and_what_follows_it_counts(study, workdir, capsys
     said = capsys.readouterr().out
     assert len(lines) == 2
     assert "| 8 | not run | not run |" in said
-    assert "- raw; unit length: `panda table --study=study.yaml --run=true --classes=8`" in said
+    assert "- raw; unit length: `panda table --study=study.yaml --classes=8`" in said
     for name in ("table.md", "table.tex", "table.html"):
         assert "unit length" in (workdir / "table" / name).read_text()
 
@@ -305,7 +314,88 @@ def test_what_is_said_of_time_is_by_kind_of_work(study):
     assert expected.seconds(plan[4]) == 10.0  # another class: its own images pass too, test images do not
     assert expected.seconds(plan[2]) == 2.0  # another seed: nothing passes
     assert expected.seconds(plan[1]) is None
-    assert "and what takes early" in expected.left(plan[1:])
+    assert expected.left(plan[1:]) == (26.0, ["early"])  # 2 + 10 + 2 + 10 + 2
     expected.known.append(found(plan[1], 60.0))
-    assert expected.left(plan[2:]).startswith("about 5 min 26 s left")  # 2 + 10 + 2 + 10 + 2 and 5 times 60
+    assert expected.left(plan[2:]) == (326.0, [])
     assert Expected([replace(first, made="elsewhere")]).seconds(plan[4]) is None
+
+
+def test_the_command_that_is_printed_makes_the_table(study, workdir, capsys):
+    """Of all that was given, with no more methods and classes than are lacking."""
+    (workdir / "study.yaml").write_text(
+        "config: digits.yaml\nclasses: [8, 9]\nfolder: table\nseeds: [0, 1]\n"
+        "methods: {raw: dn2, 'unit, length': dn2 --model.normalize=true}\n"
+    )
+    words = ["table", "--study=study.yaml", "--seeds=3", "--shots=4,8", f"--words={' '.join(WORDS)}", "--run=false"]
+    rows = Rows(workdir / "table")
+    columns = {f"{name}, {shots}-shot" for name in ("raw", "unit, length") for shots in (4, 8)}
+    for names in (columns, {name for name in columns if name.startswith("unit")}):
+        for one in rows.read():
+            if one.row.column in names:
+                rows.path(one.row).unlink()
+        assert main(words) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("- ") and "`panda" in line)
+        assert all(name in line.partition("`")[0] for name in names)
+        assert main(shlex.split(line.partition("`")[2].rstrip("`"))[1:]) == 0
+        made = {(one.row.normal, one.row.column, one.row.seed) for one in rows.read()}
+        assert made == {(normal, name, 3) for normal in "89" for name in columns}
+        capsys.readouterr()
+
+
+def test_a_mean_is_over_runs_of_one_setting(study, workdir):
+    words = ["table", "--config=digits.yaml", "--methods=dn2"]
+    assert main([*words, "--classes=8", "--folder=a", f"--words={' '.join(WORDS)}"]) == 0
+    assert main([*words, "--classes=9", "--folder=b", f"--words={' '.join(WORDS)} --model.k=3"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["table", "--merge=a,b", "--folder=both"])
+    assert "dn2 was run on Digits with two settings" in str(ended.value.code)
+    assert not (workdir / "both").exists()
+
+
+def test_failed_rows_are_merged_and_run_again_elsewhere(study, workdir, capsys):
+    words = ["table", "--config=digits.yaml", "--methods=wrong.yaml,dn2", "--classes=9", f"--words={' '.join(WORDS)}"]
+    assert main([*words, "--folder=a"]) == 1
+    assert "| wrong | 0 of 1 | failed |" in capsys.readouterr().out
+    assert main(["table", "--merge=a", "--folder=both"]) == 1
+    assert "| wrong | 0 of 1 | failed |" in capsys.readouterr().out
+    assert main(["table", "--merge=a", "--folder=both"]) == 1
+
+
+def test_a_row_that_was_damaged_is_named(study, workdir):
+    words = ["table", "--config=digits.yaml", "--classes=9", f"--words={' '.join(WORDS)}", "--folder=a"]
+    assert main(words) == 0
+    (path,) = (workdir / "a/rows").glob("*.json")
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    for part, said in ((path, "is no row of a table"), (path.with_suffix(".npz"), "has lost its scores")):
+        path.write_text(whole[:100] if part == path else whole)
+        part.unlink() if part != path else None
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert said in str(ended.value.code)
+        assert path.name in str(ended.value.code)
+
+
+def test_a_table_that_is_stopped_says_that_it_goes_on(study, workdir, monkeypatch, capsys):
+    words = ["table", "--config=digits.yaml", "--classes=9", f"--words={' '.join(WORDS)}", "--folder=a"]
+    for code, status in ((1, 130), (75, 75), (143, 143)):
+
+        def stopped(*_, code=code):
+            raise SystemExit(code)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("panda_lightning.tools.rows.run", stopped)
+            with pytest.raises(SystemExit) as ended:
+                main(words)
+        assert ended.value.code == status
+        assert "Stopped with 0 of 1 rows: the same command goes on from here." in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("panda_lightning.tools.rows.run", full)
+    with pytest.raises(PandaError, match="Make room, and run the same command again"):
+        list(Rows(workdir / "table").make(study))
+    assert not list((workdir / "table/rows").glob("*"))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Count, Seed, Share
+from panda_lightning.arguments import Amount, Count, Share
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.networks.pyramid import resized
@@ -31,9 +31,9 @@ class PatchCore(SegmentationDetector):
     Args:
         backbone: See SegmentationDetector.
         weights: See SegmentationDetector.
-        coreset: Share of the normal patches to keep (0.01 to 0.25 in the paper); 1 keeps all.
+        coreset: Share of the normal patches to keep (0.01 to 0.25 in the paper), begun with one that the data's seed
+            draws; 1 keeps all.
         neighbours: b; 1 leaves the score as it is, without its weight.
-        seed: Of the coreset.
         levels: See SegmentationDetector.
         sigma: See SegmentationDetector.
         tile: See SegmentationDetector.
@@ -55,7 +55,6 @@ class PatchCore(SegmentationDetector):
         weights: str | None = None,
         coreset: Share = 0.1,
         neighbours: Count = 9,
-        seed: Seed = 0,
         levels: tuple[Level, ...] = (2, 3),
         sigma: Amount = 4.0,
         tile: Count | None = None,
@@ -67,7 +66,6 @@ class PatchCore(SegmentationDetector):
         super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
         self.coreset = coreset
         self.neighbours = neighbours
-        self.seed = seed
 
     @override
     def embed(self, batch: Batch) -> Tensor:
@@ -87,7 +85,7 @@ class PatchCore(SegmentationDetector):
         if size < len(patches):
             chosen: list[Tensor] = []
             if self.trainer.is_global_zero:
-                picks = greedy_coreset(patches, size, self.seed)
+                picks = greedy_coreset(patches, size, getattr(self.data, "seed", 0))
                 picks = on_device(self.trainer, picks, f"Coreset of {size} patches", min(size, 100))
                 chosen = [rows.cpu() for rows in picks]  # a tensor in an object would come out on process 0's GPU
             rows = torch.cat(self.trainer.strategy.broadcast(chosen))

@@ -21,6 +21,7 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 Values = npt.NDArray[Any]
 LEAST = 5  # of misranked images; see reliable
+FEW = 6  # problems; see friedman
 
 
 class Estimate(NamedTuple):
@@ -210,7 +211,9 @@ def friedman(table: Array) -> Friedman:
     """Whether methods differ over many problems: of AUROCs (problems, methods), higher is better.
 
     Equal AUROCs share their mean rank, and chi-square is corrected for them as in scipy; Demsar (JMLR 2006) does not.
-    F has (methods - 1) and (methods - 1)(problems - 1) degrees of freedom (Iman, Davenport 1980). Equal rows have p 1.
+    F has (methods - 1) and (methods - 1)(problems - 1) degrees of freedom (Iman, Davenport 1980). For less than
+    ``FEW`` problems, where F is far from that distribution, p is the share of 9,999 random orders of the ranks within
+    each problem (and of the one that was found) whose chi-square is as large. Equal rows have p 1.
 
     Raises:
         PandaError: If there are less than two problems or methods, or an AUROC is missing.
@@ -223,8 +226,18 @@ def friedman(table: Array) -> Friedman:
     chi_square = float(problems * (methods - 1) * between / spread) if spread else 0.0
     rest = problems * (methods - 1) - chi_square
     f = (problems - 1) * chi_square / rest if rest > 1e-9 else math.inf
-    p = float(stats.f.sf(f, methods - 1, (methods - 1) * (problems - 1)))
+    if problems >= FEW:
+        p = float(stats.f.sf(f, methods - 1, (methods - 1) * (problems - 1)))
+    else:
+        orders = np.random.default_rng(0).permuted(np.broadcast_to(ranks, (9999, *ranks.shape)), axis=2)
+        p = float((1 + (_unequal(orders) >= _unequal(ranks) - 1e-9).sum()) / 10000)
     return Friedman(ranks.mean(axis=0), chi_square, f, p)
+
+
+def _unequal(ranks: Array) -> Array:
+    """How unequal the sums of ranks (..., problems, methods) are; chi-square grows with it."""
+    found: Array = np.square(ranks.sum(axis=-2)).sum(axis=-1)
+    return found
 
 
 def nemenyi_difference(methods: int, problems: int, level: float = 0.95) -> float:

@@ -20,8 +20,8 @@ COLUMNS = (
 )  # fmt: skip
 HOW = (
     "AUROC in per cent. In brackets 95 % intervals over test images: DeLong's standard error, on the scale of logits; "
-    "classes and seeds share the images. (!): too few misranked images for a reliable interval. Differences: DeLong, "
-    "paired by image; p by Holm over the pairs of a data set."
+    "classes and seeds share the images; the interval leaves out what seeds change. (!): not reliable, since too few "
+    "images are ranked wrong. Differences: DeLong, paired by image; p by Holm over the pairs of a data set."
 )
 
 
@@ -62,22 +62,24 @@ def markdown(summary: Summary, how: str = HOW) -> str:
     """The tables for people who read text, with how numbers are made."""
     text: list[str] = []
     for one in summary["sets"]:
-        text += [f"## {one['data']}", "", *_means(one), "", *_classes(one), *_pairs(one), *_ranks(one["ranks"])]
+        lost = {(f["normal"], f["method"]) for f in summary["failed"] if f["data"] == one["data"]}
+        text += [f"## {one['data']}", "", *_means(one, lost), "", *_classes(one, lost), *_pairs(one)]
+        text += _ranks(one["ranks"])
         text += [*_kinds(one), *_commands(one), ""]
     if summary["ranks"]:
         text += ["## Over data sets", *_ranks(summary["ranks"]), ""]
     if summary["failed"]:
         failed = [f"- {', '.join(map(str, list(f.values())[:3]))}, seed {f['seed']}: {f['error']}"
                   for f in summary["failed"]]  # fmt: skip
-        text += ["Failed:", "", *failed, ""]
+        text += ["Failed (--again true runs them again):", "", *failed, ""]
     made = f"Made by {'; '.join(summary['made'])}." if summary["made"] else "No runs yet."
     return "\n".join([*text, *([how, ""] if how else []), made])
 
 
-def percent(told: dict[str, Any] | None, interval: bool = True) -> str:
+def percent(told: dict[str, Any] | None, interval: bool = True, failed: bool = False) -> str:
     """An AUROC with its interval."""
     if told is None:
-        return "not run"
+        return "failed" if failed else "not run"
     mark = "" if told["reliable"] else " (!)"
     ends = f" [{100 * told['low']:.2f}, {100 * told['high']:.2f}]{mark}" if interval else ""
     return f"{100 * told['value']:.2f}{ends}"
@@ -99,13 +101,13 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
     return [_row(heads), "|---" * len(heads) + "|", *map(_row, body)]
 
 
-def _means(one: Summary) -> list[str]:
+def _means(one: Summary, lost: set[tuple[str, str]]) -> list[str]:
     oracle = any(method["oracle"] is not None for method in one["methods"])
     heads = [
         "method",
         "runs",
         "mean",
-        "seeds, sd",
+        "seeds (sd)",
         "published",
         "difference",
         "before training",
@@ -116,10 +118,12 @@ def _means(one: Summary) -> list[str]:
     body = []
     for method in one["methods"]:
         mean, known = method["mean"], method["published"]
-        gaps = [f"{100 * mean['value'] - value['value']:+.2f}" for value in known] if mean else []
+        alike = [value["comparable"] for value in known if value["comparable"] is not None]
+        gaps = [f"{100 * mean['value'] - value:+.2f}" for value in alike] if mean else []
         runs = method["runs"] if method["runs"] == method["planned"] else f"{method['runs']} of {method['planned']}"
-        spread = f"{method['seeds']}, {_optional(method['sd'])}" if method["sd"] is not None else method["seeds"]
-        cells = [method["name"], runs, percent(mean), spread, _published(known), ", ".join(gaps)]
+        spread = f"{method['seeds']} ({_optional(method['sd'])})" if method["sd"] is not None else method["seeds"]
+        failed = method["name"] in {name for _, name in lost}
+        cells = [method["name"], runs, percent(mean, failed=failed), spread, _published(known), ", ".join(gaps)]
         cells += [_optional(method[key]) for key in ("start", "average_precision", "fpr_at_95_tpr")]
         body.append([*cells, _optional(method["oracle"])] if oracle else cells)
     empty = [""] * (len(heads) - 5)
@@ -130,24 +134,30 @@ def _means(one: Summary) -> list[str]:
 
 
 def _published(values: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{value['value']:g}" for value in values)
+    return ", ".join(f"{value['value']:g}{_over(value)}" for value in values)
 
 
-def _classes(one: Summary) -> list[str]:
+def _over(value: dict[str, Any]) -> str:
+    """What a published figure is over, where that is not what was run."""
+    comparable = value.get("comparable", value["value"])
+    if comparable == value["value"]:
+        return ""
+    return " (all classes)" if comparable is None else f" ({comparable:.2f} on these classes)"
+
+
+def _classes(one: Summary, lost: set[tuple[str, str]]) -> list[str]:
     if not any(one["cells"].values()):
         return []
     names = [method["name"] for method in one["methods"]]
-    known = {f"{method['name']}, published": value["classes"] for method in [*one["methods"], *one["others"]]
-             for value in method["published"] if "classes" in value}  # fmt: skip
     body = [
         [
             problem,
-            *(percent(one["cells"][name].get(problem), interval=False) for name in names),
-            *(classes.get(problem, "") for classes in known.values()),
+            *(percent(one["cells"][name].get(problem), False, (problem, name) in lost) for name in names),
+            *(classes.get(problem, "") for classes in one["classes"].values()),
         ]
         for problem in one["problems"]
     ]
-    return _table(["normal class", *names, *known], body)
+    return _table(["normal class", *names, *one["classes"]], body)
 
 
 def _pairs(one: Summary) -> list[str]:
@@ -203,7 +213,8 @@ def latex(summary: Summary) -> str:
         cells = [[_tex(p), *(_cell(one, m["name"], p) for m in methods)] for p in one["problems"]]
         means = ["mean", *(percent(m["mean"], interval=False) if m["mean"] else "--" for m in methods)]
         ends = ["95\\,\\%", *(_ends(m["mean"]) for m in methods)]
-        known = ["published", *(_published(m["published"]) or "--" for m in methods)]
+        alike = ([v for v in m["published"] if v["comparable"] == v["value"]] for m in methods)
+        known = ["published", *(_published(values) or "--" for values in alike)]
         body = [" & ".join(row) + r" \\" for row in cells]
         foot = [" & ".join(row) + r" \\" for row in (means, ends, known)]
         head = " & ".join(["", *(_tex(m["name"]) for m in methods)]) + r" \\"
@@ -229,5 +240,5 @@ def _ends(mean: dict[str, Any] | None) -> str:
 
 def _tex(text: str) -> str:
     """Text with what LaTeX takes for commands."""
-    known = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\&%$#_{}~^]", lambda found: known.get(found[0], "\\" + found[0]), text)
+    known = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': "''", "--": "-{}-"}
+    return re.sub(r'--|[\\&%$#_{}~^"]', lambda found: known.get(found[0], "\\" + found[0]), text)

@@ -20,6 +20,12 @@ from panda_lightning.detectors import Detector
 from panda_lightning.types import PandaError
 
 VIEW = ("image_size", "crop", "resize", "interpolation")
+ELSEWHERE = tuple(f"--data.{name}=" for name in AnomalyDataModule.COMPUTING)  # where files are, not which
+SET = {
+    "--data": "--config", "--data.class_path": "--config", "--config": "--config", "--data.normal_class": "--classes",
+    "--data.category": "--classes", "--seed_everything": "--seeds", "--data.seed": "--seeds", "--data.shots": "--shots",
+    "--ckpt_path": "rows go on by themselves",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Row:
         seed: Of the run, the order of images, and the choice of few.
         shots: How many training images there are; None is all.
         words: Of `lightning`, but for the logger's.
-        settings: A fingerprint of the words and of what the configuration files said.
+        settings: A fingerprint of the method's words and of what the configuration files said.
     """
 
     data: str
@@ -110,10 +116,11 @@ def planned(
     kind = str((laid.get("data") or {}).get("class_path", "")).split(".")[-1]
     known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
     key, names = known[kind].problems() if kind in known else ("normal_class", ())
-    names = names if classes is None else tuple(classes)
+    names = names if classes is None else _named(classes, names)
     if not names:
         raise PandaError(f"the classes of {kind or 'the data set'} are not known beforehand: name them with --classes.")
-    meant = {method: _Method(text, Path(configs[0]).parent / "variants", laid) for method, text in methods.items()}
+    common, variants = joined(words), Path(configs[0]).parent / "variants"
+    meant = {method: _Method(text, common, variants, laid) for method, text in methods.items()}
     groups: dict[str, list[str]] = {}
     for method, found in meant.items():
         groups.setdefault(found.sees, []).append(method)
@@ -122,12 +129,55 @@ def planned(
         for method in group:
             one = meant[method]
             few = [] if count is None else one.few(count)
-            own = [*one.words, *words, f"--data.{key}={name}", f"--seed_everything={seed}", f"--data.seed={seed}", *few]
-            told = json.dumps([one.verb, contents, one.content, own], default=str, sort_keys=True)
+            own = [*one.words, f"--data.{key}={name}", f"--seed_everything={seed}", f"--data.seed={seed}", *few]
+            counting = [word for word in one.words if not word.startswith(ELSEWHERE)]
+            told = json.dumps([one.verb, contents, one.content, counting], default=str, sort_keys=True)
             settings = hashlib.sha256(told.encode()).hexdigest()[:8]
             files = [f"--config={config}" for config in (*configs, one.file)]
             rows.append(Row(kind, name, method, seed, count, (one.verb, *files, *own), settings))
     return rows
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Words with ``--key value`` as ``--key=value``.
+
+    Raises:
+        PandaError: If one is no option, or sets what the table sets.
+    """
+    found: list[str] = []
+    for word in words:
+        if not word.startswith("--") and found and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    for word in found:
+        name = word.partition("=")[0]
+        if not word.startswith("--") or "=" not in word:
+            raise PandaError(f"{word!r} is no option with a value: write words as --key=value.")
+        if name in SET or name.startswith("--trainer.logger"):
+            raise PandaError(f"{name} is set by the table ({SET.get(name, '--loggers')}): leave it out of the words.")
+    return found
+
+
+def split(text: str) -> list[str]:
+    """Words as a shell splits them.
+
+    Raises:
+        PandaError: If a quote is open.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise PandaError(f"{text!r} cannot be split into words ({error}).") from error
+
+
+def _named(classes: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Classes by name, where a number stands for one that is known."""
+    found = [known[int(c)] if c.isdecimal() and c not in known and int(c) < len(known) else c for c in classes]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise PandaError(f"--classes names {', '.join(twice)} twice.")
+    return tuple(found)
 
 
 class _Method:
@@ -136,14 +186,18 @@ class _Method:
     Attributes:
         file: Of the variant.
         content: Of this file.
-        words: Further ones.
+        words: Those of all methods, and then its own.
         verb: Of `lightning`.
         sees: What it needs to see images: methods that are equal here share what is decoded.
     """
 
-    def __init__(self, text: str, variants: Path, laid: dict[str, Any]) -> None:
-        name, *self.words = shlex.split(text)
+    def __init__(self, text: str, common: list[str], variants: Path, laid: dict[str, Any]) -> None:
+        name, *own = split(text) or [""]
+        self.words = [*common, *joined(own)]
         self.file = Path(name) if name.endswith((".yaml", ".yml")) else variants / f"{name}.yaml"
+        if not self.file.is_file():
+            there = ", ".join(sorted(path.stem for path in variants.glob("*.yaml"))) or "none"
+            raise PandaError(f"there is no {self.file}: choose a variant ({there}), or name a file.")
         self.content = _yaml(self.file)
         self.detector = self._detector(laid)
         self.verb = "test" if self.detector.training_step is pl.LightningModule.training_step else "fit"

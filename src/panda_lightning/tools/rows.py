@@ -6,6 +6,7 @@ what is decoded, and the layers that no method changes see each image once (``pr
 devices is a process of its own, which starts the others.
 """
 
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
 from panda_lightning.tools.plan import Row
+from panda_lightning.types import PandaError
 
 KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc")  # a method's own number: the first there is
 HARDEST, SIDE = 6, 96  # pictures of either kind, and their side in pixels
@@ -88,10 +90,16 @@ class Rows:
         return [self._read(path) for path in sorted((self.folder / "rows").glob("*.json"))]
 
     def _read(self, path: Path) -> Found:
-        known = json.loads(path.read_text("utf-8"))
-        known["work"] = [Work(*work) for work in known["work"]]
-        known["curve"] = [tuple(point) for point in known["curve"]]
-        return Found(**{**known, "row": Row.of(known["row"])})
+        try:
+            known = json.loads(path.read_text("utf-8"))
+            known["work"] = [Work(*work) for work in known["work"]]
+            known["curve"] = [tuple(point) for point in known["curve"]]
+            found = Found(**{**known, "row": Row.of(known["row"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise PandaError(f"{path} is no row of a table ({error}): remove it, and the row is run again.") from error
+        if found.error is None and not path.with_suffix(".npz").is_file():
+            raise PandaError(f"{path} has lost its scores, {path.stem}.npz: remove it, and the row is run again.")
+        return found
 
     def scores(self, row: Row) -> dict[str, Any]:
         """Index, score, label and kind (N,) of the test images of a complete row."""
@@ -132,7 +140,9 @@ class Rows:
             if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
                 raise
             error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
-        except Exception as failure:  # whatever it is, the other rows go on
+        except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
+            if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise PandaError(f"{failure}. Make room, and run the same command again.") from failure
             error = " ".join(str(failure).split()) or type(failure).__name__
         auroc = curve[-1][1] if curve else None
         return self._write(Found(row, auroc, curve, time.monotonic() - begin, work, made(), error))

@@ -15,6 +15,8 @@ import torch
 import yaml
 from scipy import stats
 
+from panda_lightning.arguments import subclasses
+from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.formulas import uncertainty
 from panda_lightning.formulas.metrics import auroc
 from panda_lightning.formulas.uncertainty import Estimate
@@ -94,6 +96,8 @@ def _set(
     of = {column: [one for one in good if one.row.column == column] for column in columns}
     places = {one.row.place for one in good}
     lacking = {c: [r for r in wanted if r.column == c and r.place not in places] for c in columns}
+    some = [row for rows_of_column in lacking.values() for row in rows_of_column]
+    missing = command(some) if some and command else None  # one for all: what is there is not run again
     known = PUBLISHED.get(data, {})
     variants = {row.column: row.variant for row in wanted if row.shots is None}
     cells: dict[str, dict[str, Any]] = {
@@ -108,8 +112,11 @@ def _set(
             **_over_seeds(of[column]),
             **_means(one.measures() for one in of[column]),
             "seconds": sum(one.found.seconds for one in of[column]) if of[column] else None,
-            "published": known.get(variants.get(column, ""), []),
-            "command": command(lacking[column]) if lacking[column] and command else None,
+            "published": [
+                {**value, "comparable": _comparable(value, data, problems, [s.row.normal for s in of[column]])}
+                for value in known.get(variants.get(column, ""), [])
+            ],
+            "command": missing if lacking[column] else None,
         }
         for column in columns
     ]
@@ -118,9 +125,17 @@ def _set(
         "problems": problems,
         "methods": methods,
         "others": [
-            {"name": name, "published": values} for name, values in known.items() if name not in variants.values()
+            {"name": name, "published": [{**v, "comparable": _comparable(v, data, problems, problems)} for v in values]}
+            for name, values in known.items()
+            if name not in variants.values()
         ],
         "cells": {column: {p: cell for p, cell in cells[column].items() if cell} for column in columns},
+        "classes": {
+            f"{name}, published": value["classes"]
+            for name, values in known.items()
+            for value in values
+            if "classes" in value
+        },
         "kinds": {column: _kinds(of[column]) for column in columns if of[column]},
         "pairs": _pairs([column for column in columns if of[column]], of),
         "ranks": _ranks({c: {p: cell["value"] for p, cell in cells[c].items() if cell} for c in columns}),
@@ -129,6 +144,16 @@ def _set(
         "histograms": {column: {s.row.normal: _histogram(s) for s in reversed(of[column])} for column in columns},
         "hardest": {column: {s.row.normal: _hardest(rows, s) for s in reversed(of[column])} for column in columns},
     }
+
+
+def _comparable(value: dict[str, Any], data: str, problems: Sequence[str], run: Sequence[str]) -> float | None:
+    """A published figure over the classes that were run; None where it is over others."""
+    classes: dict[str, float] = value.get("classes", {})
+    if run and set(run) <= set(classes):
+        return float(np.mean([classes[normal] for normal in set(run)])) if set(run) < set(classes) else value["value"]
+    known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
+    whole = known[data].problems()[1] if data in known else ()
+    return value["value"] if set(run or problems) == set(whole) else None
 
 
 def _estimate(some: Sequence[Scored]) -> dict[str, Any] | None:
@@ -193,7 +218,10 @@ def _pairs(columns: Sequence[str], of: Mapping[str, list[Scored]]) -> list[dict[
     """Each method against each, on the classes and seeds that both have: paired by image, Holm's correction."""
     found: list[dict[str, Any]] = []
     raw = []
+    shots = {column: own[0].row.shots for column, own in of.items() if own}
     for one, other in combinations(columns, 2):
+        if shots[one] != shots[other]:  # no question that anybody asks, and Holm would count it
+            continue
         mine, theirs = ({(s.row.normal, s.row.seed): s for s in of[column]} for column in (one, other))
         groups: dict[bytes, list[tuple[Scored, Scored]]] = defaultdict(list)
         for key in mine.keys() & theirs.keys():

@@ -4,6 +4,7 @@ Runs go on where they stopped; what is there is not run again. The folder holds 
 ``table.md``, ``table.tex`` and ``table.html`` beside the rows, logs and checkpoints.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -19,14 +20,14 @@ import numpy as np
 from jsonargparse import Namespace
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from panda_lightning.arguments import subclasses
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.formulas import uncertainty
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.tools import formats
-from panda_lightning.tools.plan import Row, planned, spread
+from panda_lightning.tools.plan import Row, planned, split, spread
 from panda_lightning.tools.rows import Found, Rows, machine
 from panda_lightning.tools.summary import Summary, summary
 from panda_lightning.tools.tracked import log_table
@@ -35,37 +36,28 @@ from panda_lightning.types import PandaError
 HELP = "Run methods on all normal classes and seeds of a data set, and write one table with intervals."
 PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "MLFlowLogger": ("mlflow",),
             "CometLogger": ("comet_ml",), "NeptuneLogger": ("neptune",)}  # fmt: skip
+OPTIONS = ("config", "methods", "classes", "seeds", "shots", "words", "folder", "loggers")  # which rows, and where
 Listed = str | int | list[str | int]
 
 
 def arguments(parser: OneSentenceParser) -> None:
     """Accept what to run, and where."""
     add = parser.add_argument
-    add("--study", action="config", help="A YAML file with any of the options below; those after it count.")
-    add("--config", type=Listed, default="", help="Configuration files of `lightning`, with commas between.")
+    add("--study", action="config", help="A YAML file with any of these options; the command line overrides it.")
+    add("--config", type=Listed, default="", help="Configuration files of `lightning`, separated by commas.")
     add("--methods", type=Listed | dict[str, str], default="dn2",
-        help="Variants beside the first of them (dn2,early,ewc) or files, each with further words of its own; in a "
-        "study also a name for each: {normalised: dn2 --model.normalize=true}.")  # fmt: skip
-    add("--classes", type=Listed | None, default=None, help="Normal classes; by default all of the data set.")
-    add("--seeds", type=Listed, default="0", help="Of runs: 0,1,2.")
-    add(
-        "--shots",
-        type=Listed | None,
-        default=None,
-        help="Train on so few images, drawn by seed: 1,4,16.",
-    )
-    add("--words", type=str, default="", help="Further words of `lightning` for all: --words='--data.root data'.")
-    add("--folder", type=Path | None, default=None, help="Where all goes; by default below tables/.")
+        help="Variants (files in `variants` beside the first configuration) or other files, separated by commas, each "
+        "with further words if need be: 'dn2,dn2 --model.k=1'. In a study a mapping gives them names.")  # fmt: skip
+    add("--classes", type=Listed | None, default=None, help="Normal classes; by default all classes of the data set.")
+    add("--seeds", type=Listed, default="0", help="Seeds: each method runs on each class with each seed.")
+    add("--shots", type=Listed | None, default=None, help="Numbers of training images, such as 1,4,16; by default all.")
+    add("--words", type=str, default="", help="Words of `lightning` for all methods; a method's own override them.")
+    add("--folder", type=Path | None, default=None, help="Where everything goes; by default tables/<data set>.")
     add("--loggers", type=Listed, default="", help="Beside CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
-    add("--shard", type=str | None, default=None, help="Run a part alone, i/n: for an array of jobs on one folder.")
-    add("--again", type=bool, default=False, help="Run rows anew that failed before.")
-    add("--run", type=bool, default=True, help="False writes the table of what is there, and runs nothing.")
-    add(
-        "--merge",
-        type=Listed,
-        default="",
-        help="Take the rows of other folders over, with commas between; run nothing.",
-    )
+    add("--shard", type=str | None, default=None, help="Run the i-th of n parts only: i/n.")
+    add("--again", type=bool, default=False, help="Run rows again that have failed.")
+    add("--run", type=bool, default=True, help="With false, run nothing: write the table of the rows that are there.")
+    add("--merge", type=Listed, default="", help="Copy the rows of these folders into --folder, and run nothing.")
 
 
 def run(config: Namespace) -> int:
@@ -77,10 +69,13 @@ def run(config: Namespace) -> int:
         return _written(Rows(config.folder), None, config)
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "LOCAL_RANK" in os.environ:
         raise PandaError(
-            "a table is one process, which starts others for --trainer.devices: leave torchrun or srun out."
+            "a table is one process, and starts those of --trainer.devices itself: start it without torchrun, and with "
+            "srun --ntasks 1."
         )
     plan = plan_of(config)
     rows = Rows(config.folder or Path("tables") / plan[0].data.lower(), _loggers(config.loggers))
+    if rows.folder.exists() and not rows.folder.is_dir():
+        raise PandaError(f"--folder={rows.folder} is a file: name a folder.")
     if config.run:
         _make(rows, spread(plan, config.shard), config.again)
     return _written(rows, plan, config)
@@ -93,8 +88,9 @@ def plan_of(config: Namespace) -> list[Row]:
         raise PandaError("--config is missing: name a configuration such as conf/digits.yaml.")
     classes = None if config.classes is None else _listed(config.classes)
     shots = [None] if config.shots is None else _numbers("shots", config.shots, 1)
-    words = shlex.split(config.words)
-    return planned(configs, _methods(config.methods), classes, _numbers("seeds", config.seeds, 0), words, shots)
+    return planned(
+        configs, _methods(config.methods), classes, _numbers("seeds", config.seeds, 0), split(config.words), shots
+    )
 
 
 def _listed(given: Any) -> list[str]:
@@ -128,14 +124,19 @@ def _numbers(name: str, given: Any, least: int) -> list[int]:
 def _methods(given: Any) -> dict[str, str]:
     """What the table calls methods, and their variants with words."""
     if isinstance(given, dict):
-        return {name: str(meant) for name, meant in given.items()}
-    found: dict[str, str] = {}
+        found = {str(name).strip(): str(meant) for name, meant in given.items()}
+        if "" in found:
+            raise PandaError("a method of --methods has no name.")
+        return found
+    found = {}
     for method in _listed(given):
-        variant, *own = shlex.split(method)
+        variant, *own = split(method)
         name = " ".join([Path(variant).stem if variant.endswith((".yaml", ".yml")) else variant, *own])
         if name in found:
             raise PandaError(f"the method {name} is named twice: give it another name, or its file.")
         found[name] = method
+    if not found:
+        raise PandaError("--methods is empty: name variants, such as dn2,early.")
     return found
 
 
@@ -165,50 +166,61 @@ class Expected:
     def _shared(one: Found, what: str) -> float:
         return sum(work.seconds for work in one.work if what in work.what)
 
-    def left(self, rows: Sequence[Row]) -> str:
-        """How long they all take, in words."""
+    def left(self, rows: Sequence[Row]) -> tuple[float, list[str]]:
+        """How long they all take, in seconds, but for those of the methods that are named."""
         times = {row.name: self.seconds(row) for row in rows}
         unknown = list(dict.fromkeys(row.column for row in rows if times[row.name] is None))
-        known = sum(seconds for seconds in times.values() if seconds is not None)
-        end = time.strftime("%H:%M:%S", time.localtime(time.time() + known))
-        more = f", and what takes {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}" if unknown else ""
-        return f"about {_time(known)} left, until {end}{more}"
+        return sum(seconds for seconds in times.values() if seconds is not None), unknown
 
 
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _make(rows: Rows, plan: Sequence[Row], again: bool) -> None:
     """Run them with a bar for the whole, and below it the run of the moment; a line for each."""
     console = Console(file=sys.stdout)  # runs have theirs redirected
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[end]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn(), TextColumn("{task.fields[end]}"))
     there = {row.name for row in plan if rows.path(row).is_file()}
     expected = Expected(rows.read())
     options: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
-        whole = progress.add_task("All runs", total=len(plan), end="")
-        single = progress.add_task("", total=1, end="")
-        made = rows.make(plan, again)
-        for number, row in enumerate(plan, 1):
-            own = expected.seconds(row)
-            progress.reset(single, description=f"{row.normal}, {row.column}, seed {row.seed}", total=1)
-            progress.update(single, end="" if own is None else f"about {_time(own)} in all")
-            found = next(made)[1]
-            expected.known += [found] if found is not None and found.error is None else []
-            left = expected.left([later for later in plan[number:] if later.name not in there])
-            progress.update(whole, completed=number, end=left)
-            if found is not None:
-                more = f"; {left}" if number < len(plan) else ""
-                console.print(f"{_line(rows, found)}{more}", soft_wrap=True, markup=False, highlight=False)
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
+            whole = progress.add_task("", total=len(plan), end="")
+            single = progress.add_task("", total=None, end="")
+            made = rows.make(plan, again)
+            for number, row in enumerate(plan, 1):
+                left, unknown = expected.left([one for one in plan[number - 1 :] if again or one.name not in there])
+                end = time.strftime("%H:%M", time.localtime(time.time() + left))
+                known = f"until about {end}{' at least' if unknown else ''}" if left else ""
+                progress.update(whole, completed=number - 1, description=f"Run {number} of {len(plan)}", end=known)
+                own = expected.seconds(row)
+                name = f"{row.normal}, {row.column}, seed {row.seed}"
+                progress.reset(single, total=None, description=name if len(name) <= 34 else f"{name[:33]}…")
+                progress.update(single, end="" if own is None else f"of about {_time(own)}")
+                found = next(made)[1]
+                if found is not None:
+                    expected.known += [found] if found.error is None else []
+                    later = [one for one in plan[number:] if again or one.name not in there]
+                    line = f"{_line(rows, found)}{_left(*expected.left(later)) if later else ''}"
+                    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    except (KeyboardInterrupt, SystemExit) as end_of_it:
+        done = sum(rows.path(row).is_file() for row in plan)
+        console.print(f"Stopped with {done} of {len(plan)} rows: the same command goes on from here.", soft_wrap=True)
+        code = getattr(end_of_it, "code", 1)
+        raise SystemExit(130 if code == 1 else code) from end_of_it  # Lightning ends with 1 at Ctrl-C
+    missing = sum(not rows.path(row).is_file() for row in plan)
+    if missing:
+        console.print(f"Another process is making {missing} of these rows: --run false then writes the whole table.")
+
+
+def _left(seconds: float, unknown: Sequence[str]) -> str:
+    """What is said of the rest."""
+    named = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+    return f"; about {_time(seconds)} left" + (f" and the time of {named}, not known yet" if unknown else "")
 
 
 def _line(rows: Rows, found: Found) -> str:
@@ -230,16 +242,20 @@ def merge(folders: Sequence[str], into: Path) -> None:
     """Copy the rows of other folders; of a row that is in several, the first that did not fail stays.
 
     Raises:
-        PandaError: If one has no rows.
+        PandaError: If one has no rows, or a method was run with different settings.
     """
     target = Rows(into)
-    failed = {one.row.name for one in target.read() if one.error}
-    for folder in folders:
-        source = Rows(Path(folder))
-        found = source.read()
-        if not found:
+    found = target.read()
+    sources = {folder: Rows(Path(folder)) for folder in folders}
+    for folder, source in sources.items():
+        own = source.read()
+        if not own:
             raise PandaError(f"{folder} has no rows: name the --folder of a `panda table`.")
-        for one in found:
+        found += own
+    _require_one_setting(found)
+    failed = {one.row.name for one in target.read() if one.error}
+    for source in sources.values():
+        for one in source.read():
             name, path = one.row.name, target.path(one.row)
             if path.exists() and (name not in failed or one.error):
                 continue
@@ -250,12 +266,26 @@ def merge(folders: Sequence[str], into: Path) -> None:
             failed = failed | {name} if one.error else failed - {name}
 
 
+def _require_one_setting(found: Sequence[Found]) -> None:
+    """A mean is over runs of one kind."""
+    kinds: dict[tuple[str, str], Row] = {}
+    for one in found:
+        other = kinds.setdefault((one.row.data, one.row.column), one.row)
+        if other.settings != one.row.settings:
+            raise PandaError(
+                f"{one.row.column} was run on {one.row.data} with two settings (`{other.command}` and "
+                f"`{one.row.command}`, or files that changed in between): keep them in folders apart, or give one of "
+                "them another name."
+            )
+
+
 def _written(rows: Rows, plan: Sequence[Row] | None, config: Namespace) -> int:
     """Write the tables and say where; the status is 1 where a run of the plan failed."""
     wanted = None if plan is None else {row.name for row in plan}
     found = [one for one in rows.read() if wanted is None or one.row.name in wanted]
     if not found and plan is None:
         raise PandaError(f"there are no rows in {rows.folder} yet.")
+    _require_one_setting(found)
     told = summarised(rows, found, plan, config)
     table = formats.lines(rows, found)
     texts = {"table.csv": formats.as_csv(table), "table.md": formats.markdown(told) + "\n",
@@ -271,29 +301,44 @@ def _written(rows: Rows, plan: Sequence[Row] | None, config: Namespace) -> int:
     return 1 if any(one.error for one in found) else 0
 
 
-def summarised(rows: Rows, found: list[Found], plan: Sequence[Row] | None, config: Namespace) -> Summary:
+def summarised(rows: Rows, found: Sequence[Found], plan: Sequence[Row] | None, config: Namespace) -> Summary:
     """All that outputs show, methods in the order in which they were asked for."""
+    if plan is None:
+        return summary(rows, found, None) | {"command": ""}
     asked = list(_methods(config.methods))
-    wanted = None if plan is None else sorted(plan, key=lambda row: asked.index(row.method))
-    order = {row.place: place for place, row in enumerate(wanted or [])}
-    found = sorted(found, key=lambda one: order.get(one.row.place, 0))
-    told = summary(rows, found, wanted, lambda lacking: _command(config, lacking))
-    return told | {"command": "" if wanted is None else _command(config, wanted)}
+    wanted = sorted(plan, key=lambda row: asked.index(row.method))
+    order = {row.place: place for place, row in enumerate(wanted)}
+    found = sorted(found, key=lambda one: order[one.row.place])
+    failed = {one.row.place for one in found if one.error}
+    told = summary(rows, found, wanted, lambda lacking: _command(config, lacking, failed))
+    return told | {"command": _command(config, wanted, set())}
 
 
-def _command(config: Namespace, lacking: Sequence[Row]) -> str:
-    """What runs some rows of the plan."""
-    words = ["panda", "table"]
-    if config.get("study"):
-        words += [f"--study={path}" for path in config.study]
-        words += [] if config.run else ["--run=true"]
-    else:
-        words += [f"--config={','.join(_listed(config.config))}"]
-        words += [f"--words={config.words}"] if config.words else []
-    methods = list(dict.fromkeys(row.method for row in lacking))
+def _command(config: Namespace, lacking: Sequence[Row], failed: set[Any]) -> str:
+    """The words that run some rows of the plan: all options that were given, and no more methods and classes."""
+    parser = OneSentenceParser()
+    arguments(parser)
+    studies = [f"--study={path}" for path in config.get("study") or ()]
+    usual = parser.parse_args(studies)
     asked = _methods(config.methods)
-    if methods != list(asked) and not isinstance(config.methods, dict):
-        words.append(f"--methods={','.join(asked[method] for method in methods)}")
-    if config.classes is not None or len({row.normal for row in lacking}) < len({r.normal for r in plan_of(config)}):
-        words.append(f"--classes={','.join(dict.fromkeys(row.normal for row in lacking))}")
-    return shlex.join(words)
+    methods = {row.method: asked[row.method] for row in lacking}
+    classes = list(dict.fromkeys(row.normal for row in lacking))
+    options = {key: config[key] for key in OPTIONS} | {
+        "run": True,
+        "again": any(row.place in failed for row in lacking),
+    }
+    if methods != asked:
+        options["methods"] = methods if isinstance(config.methods, dict) else list(methods.values())
+    if len(classes) < len({row.normal for row in plan_of(config)}):
+        options["classes"] = classes
+    words = [f"--{key}={_text(value)}" for key, value in options.items() if value != usual[key]]
+    return shlex.join(["panda", "table", *studies, *words])
+
+
+def _text(value: Any) -> str:
+    """An option's value on the command line."""
+    if isinstance(value, list) and not any("," in str(part) for part in value):
+        return ",".join(str(part) for part in value)
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from panda_lightning.cli import OneSentenceParser
-from panda_lightning.tools import formats, table
-from panda_lightning.tools.rows import Rows
+from panda_lightning.tables import formats
+from panda_lightning.tables.rows import Rows
+from panda_lightning.tools import table
 
 PAGE = Path(__file__).with_name("RESULTS.md")
 BLOCK = re.compile(r"<!-- (panda table [^>]*?) -->\n.*?<!-- end -->", re.DOTALL)

@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from panda_lightning.tables.plan import Row, planned
+from tests.tables.recorded import METHODS, WORDS
+
 SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -188,3 +191,12 @@ def fast(root: Path, *, model: str = "PANDA", epochs: int = 2) -> list[str]:
         "--data.batch_size=4",
         "--data.eval_batch_size=4",
     ]
+
+
+@pytest.fixture
+def study(workdir: Path) -> list[Row]:
+    """Rows of small digits runs with the bundled network; a variant that fails lies beside the real ones."""
+    for name in ("digits.yaml", "variants"):
+        (workdir / name).symlink_to(Path(__file__).parents[1] / "conf" / name)
+    (workdir / "wrong.yaml").write_text("model: {class_path: DN2, init_args: {k: 4000}}\n")
+    return planned(["digits.yaml"], METHODS, ["8", "9"], [0], WORDS)

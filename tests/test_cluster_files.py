@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from panda_lightning.tables.plan import planned, spread
 from panda_lightning.tools import main
-from panda_lightning.tools.plan import planned, spread
 
 HOME = Path(__file__).parents[1]
 CLUSTER = HOME / "experiments/cluster"
@@ -58,7 +58,7 @@ def test_a_task_runs_its_share_of_the_study(sbatch, workdir, capsys):
     plan = planned(["digits.yaml"], {"dn2": "dn2", "early": "early"}, ["1", "2"], [0])
     assert [row.place for row in spread(plan, "2/4")] == [("Digits", "1", "early", 0)]
     assert main([*words[2:], "--run=false"]) == 0
-    assert "| 1 | not run | not run |" in capsys.readouterr().out
+    assert "| dn2 | 0 of 2 | not run |" in capsys.readouterr().out
 
 
 def test_one_of_the_shares_may_be_run_again(sbatch):

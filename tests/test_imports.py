@@ -25,6 +25,7 @@ LAYERS = [
     {"datamodules"},
     {"detectors", "networks.pretraining"},
     {"cli"},
+    {"tables"},
     {"tools"},
 ]  # fmt: skip
 ROOMS = ("formulas", "networks", "runtime", "search")  # whose files have layers of their own

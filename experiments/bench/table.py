@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from panda_lightning.tools.plan import planned
+from panda_lightning.tables.plan import planned
 
 
 def timed(words, folder):

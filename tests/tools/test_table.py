@@ -1,73 +1,22 @@
-"""Tables of runs: the numbers of separate runs, each once, whatever happens in between."""
+"""The command that makes a table: what it accepts, prints and writes."""
 
 import csv
-import errno
-import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from panda_lightning import Digits, PandaError
-from panda_lightning.cli import run as command
 from panda_lightning.runtime.work import Work
+from panda_lightning.tables.plan import planned
+from panda_lightning.tables.rows import Found, Rows, made
 from panda_lightning.tools import main
-from panda_lightning.tools.plan import planned, spread
-from panda_lightning.tools.rows import Found, Rows, made
 from panda_lightning.tools.table import Expected
+from tests.tables.recorded import WORDS
 
-HOME = Path(__file__).parents[2]
-WORDS = ["--trainer.max_epochs=2", "--data.image_size=32", "--data.train_limit=40", "--data.test_limit=120"]
-METHODS = {"dn2": "dn2", "early": "early", "ses": "ses"}
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def study(workdir):
-    """Digits with the bundled network; a variant that fails beside the real ones."""
-    for name in ("digits.yaml", "variants"):
-        (workdir / name).symlink_to(HOME / "conf" / name)
-    (workdir / "wrong.yaml").write_text("model: {class_path: DN2, init_args: {k: 4000}}\n")
-    return planned(["digits.yaml"], METHODS, ["8", "9"], [0], WORDS)
-
-
-def curves(folder):
-    return {found.row.name: (found.curve, found.error) for found in Rows(Path(folder)).read()}
-
-
-def test_rows_are_those_of_separate_runs_in_any_order(study, workdir):
-    made = [found for _, found in Rows(workdir / "one").make(study)]
-    assert [found.error for found in made] == [None] * 6
-    list(Rows(workdir / "other").make(study[::-1]))
-    assert curves("one") == curves("other")
-    for row, found in list(zip(study, made, strict=True))[3:]:
-        logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir=alone/{row.name}"]
-        cli = command([*row.words, *logger, "--trainer.enable_progress_bar=false"])
-        kept = Rows(workdir / "one").scores(row)
-        if row.method != "ses":
-            np.testing.assert_array_equal(kept["score"], cli.model.scores.score.numpy())
-        assert found.auroc == pytest.approx(roc_auc_score(kept["label"], kept["score"]), abs=1e-12)
-        assert len(found.curve) == (1 if row.method == "dn2" else 3)
-
-
-def test_what_is_there_is_not_run_again(study, workdir):
-    rows = Rows(workdir / "table")
-    first = next(iter(rows.make(study)))[1]
-    found = {row.name: one for row, one in Rows(workdir / "table").make(study)}
-    assert first is not None
-    assert found[study[0].name] is None
-    assert None not in [found[row.name] for row in study[1:]]
 
 
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(study, workdir, capsys):
@@ -107,69 +56,6 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
     assert "| dn2 - early |" in merged
 
 
-def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdir):
-    code = (
-        "import sys; from pathlib import Path; from panda_lightning.tools.rows import Rows\n"
-        "from panda_lightning.tools.plan import planned\n"
-        f"plan = planned(['digits.yaml'], {METHODS!r}, ['8', '9'], [0], {WORDS!r})\n"
-        "list(Rows(Path('killed')).make(plan)); print('DONE')\n"
-    )
-    list(Rows(workdir / "table").make(study))
-    for wait in (5.0, 7.0, 120.0):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            out, _ = process.communicate()
-        if b"DONE" in out:
-            break
-    assert b"DONE" in out
-    assert curves("killed") == curves("table")
-    for row in study:
-        one, other = (Rows(workdir / folder).scores(row) for folder in ("killed", "table"))
-        np.testing.assert_array_equal(one["score"], other["score"])
-
-
-def test_a_row_of_a_later_class_goes_on_from_its_own_checkpoint(study, workdir):
-    table, early = Rows(workdir / "table"), [row for row in study if row.method == "early"]
-    first = [found for _, found in table.make(early)]
-    table.path(early[1]).unlink()
-    (again,) = (found for _, found in Rows(workdir / "table").make(early) if found)
-    assert again.curve == first[1].curve
-    runs = workdir / "table/runs" / early[1].name
-    assert "Restor" in (runs / "log.txt").read_text()
-    told = torch.load(next(runs.glob("version_0/checkpoints/*.ckpt")), weights_only=True)
-    assert str(told["datamodule_hyper_parameters"]["normal_class"]) == "9"
-
-
-@pytest.mark.parametrize("code", [143, 1, 75])
-def test_a_signal_or_ctrl_c_is_no_failed_row(study, workdir, monkeypatch, code):
-    def stopped(*_):
-        raise SystemExit(code)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("panda_lightning.tools.rows.run", stopped)
-        with pytest.raises(SystemExit):
-            list(Rows(workdir / "table").make(study[:1]))
-    assert not list((workdir / "table/rows").glob("*.json"))
-    assert next(iter(Rows(workdir / "table").make(study[:1])))[1].error is None
-
-
-def test_two_processes_share_the_work_of_a_folder(study, workdir):
-    first, second = Rows(workdir / "table").make(study), Rows(workdir / "table").make(study)
-    iterator = iter(first)
-    begin = time.monotonic()
-    made = [next(iterator)]  # holds no lock between rows
-    made += [*second, *iterator]
-    assert sum(found is not None for _, found in made) == len(study)
-    assert time.monotonic() - begin < 120
-    assert len(list((workdir / "table/rows").glob("*.json"))) == len(study)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -196,22 +82,6 @@ def test_what_is_not_possible_ends_in_a_sentence(study, words, said):
     with pytest.raises(SystemExit) as ended:
         main(["table", *words])
     assert said in str(ended.value.code)
-
-
-def test_shards_are_a_partition(study):
-    parts = [spread(study, f"{i}/4") for i in range(1, 5)]
-    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in study)
-    with pytest.raises(PandaError, match="is no part"):
-        spread(study, "0/4")
-
-
-def test_rows_say_what_made_them(study, workdir):
-    list(Rows(workdir / "table").make(study[:1]))
-    known = json.loads(next((workdir / "table/rows").glob("*.json")).read_text())
-    assert known["row"]["words"][0] == "test"
-    assert known["made"].startswith("panda-lightning")
-    assert "torch" in known["made"]
-    assert time.strftime("%Y-") in known["made"]
 
 
 def table(folder, *words):
@@ -261,47 +131,6 @@ def test_few_shots_are_drawn_by_seed_and_scored_on_all_test_images(study, workdi
     assert set(digits.normal_images.rows) != set(Digits(normal_class=9, shots=4).normal_images.rows)
     with pytest.raises(PandaError, match="shots=900"):
         _ = Digits(normal_class=9, shots=900).normal_images
-
-
-def test_images_are_decoded_and_pass_the_frozen_layers_once(study, workdir):
-    plan = planned(["digits.yaml"], METHODS, ["8", "9"], [0, 1], WORDS)
-    list(Rows(workdir / "table").make(plan))
-    work = [work for one in Rows(workdir / "table").read() for work in one.work]
-    counts = {(verb, what): [w.images for w in work if (w.verb, w.what) == (verb, what)] for verb, what, *_ in work}
-    assert counts["decoded", "test"] == [120]
-    assert counts["decoded", "normal training"] == [40, 40]
-    passed = "passed through the frozen layers"
-    assert counts[passed, "test"] == [120, 120]  # DN2's whole network, and the layers that PANDA does not adapt
-    assert counts[passed, "normal training"] == [40] * 4
-
-
-def test_kinds_and_pictures_are_those_of_the_images(study, workdir):
-    rows = Rows(workdir / "table")
-    list(rows.make(study[:1]))
-    kept, hard = rows.scores(study[0]), rows.hardest(study[0])
-    targets = Digits(normal_class=8, test_limit=120).test_images.targets
-    assert kept["kind"].tolist() == [str(target) for target in targets]
-    order = np.argsort(kept["score"], kind="stable")
-    missed = [place for place in order if kept["label"][place] == 1][:6]
-    alarms = [place for place in order[::-1] if kept["label"][place] == 0][:6]
-    assert hard["place"].tolist() == missed + alarms
-    assert all(Image.open(BytesIO(jpeg)).size == (32, 32) for jpeg in hard["jpeg"])
-
-
-def test_two_devices_make_the_rows_of_one(study, workdir):
-    one, two = Rows(workdir / "one"), Rows(workdir / "two")
-    several = [
-        replace(row, words=(*row.words, "--trainer.accelerator=cpu", "--trainer.devices=2")) for row in study[4:5]
-    ]
-    list(one.make(study[4:5]))
-    made = [found for _, found in two.make(several)]
-    assert [found.error for found in made] == [None]
-    assert [found.row for found in made] == several
-    for row in study[4:5]:
-        np.testing.assert_allclose(two.scores(row)["score"], one.scores(row)["score"], rtol=1e-4)
-    (early,) = made
-    np.testing.assert_allclose(early.curve, {f.row.name: f for f in one.read()}[early.row.name].curve, atol=1e-3)
-    assert [found for _, found in two.make(several)] == [None]
 
 
 def test_what_is_said_of_time_is_by_kind_of_work(study):
@@ -384,18 +213,8 @@ def test_a_table_that_is_stopped_says_that_it_goes_on(study, workdir, monkeypatc
             raise SystemExit(code)
 
         with monkeypatch.context() as patch:
-            patch.setattr("panda_lightning.tools.rows.run", stopped)
+            patch.setattr("panda_lightning.tables.rows.run", stopped)
             with pytest.raises(SystemExit) as ended:
                 main(words)
         assert ended.value.code == status
         assert "Stopped with 0 of 1 rows: the same command goes on from here." in capsys.readouterr().out
-
-
-def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("panda_lightning.tools.rows.run", full)
-    with pytest.raises(PandaError, match="Make room, and run the same command again"):
-        list(Rows(workdir / "table").make(study))
-    assert not list((workdir / "table/rows").glob("*"))

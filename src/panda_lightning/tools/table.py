@@ -26,11 +26,11 @@ from panda_lightning.arguments import subclasses
 from panda_lightning.cli import OneSentenceParser
 from panda_lightning.formulas import uncertainty
 from panda_lightning.runtime.whole import new_file
-from panda_lightning.tools import formats
-from panda_lightning.tools.plan import Row, planned, split, spread
-from panda_lightning.tools.rows import Found, Rows, machine
-from panda_lightning.tools.summary import Summary, summary
-from panda_lightning.tools.tracked import log_table
+from panda_lightning.tables import formats
+from panda_lightning.tables.plan import Row, planned, split, spread
+from panda_lightning.tables.rows import Found, Rows, machine
+from panda_lightning.tables.summary import Summary, summary
+from panda_lightning.tables.tracked import log_table
 from panda_lightning.types import PandaError
 
 HELP = "Run methods on all normal classes and seeds of a data set, and write one table with intervals."

@@ -1,0 +1,345 @@
+"""The runs of a table, one after the other in one process: what they share is done once.
+
+Each run is that of ``lightning fit`` (or ``test``, for what trains nothing) with the same words. A row is a JSON file
+that appears when its run is complete, with the scores beside it; whoever starts again finds it. Rows of one view share
+what is decoded, and the layers that no method changes see each image once (``prefix_cache_dir``). A run on several
+devices is a process of its own, which starts the others.
+"""
+
+import errno
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from typing_extensions import override
+
+from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
+from panda_lightning.cli import VERSION, PandaCLI, run, silence
+from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.detectors import Detector
+from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.whole import held, new_file
+from panda_lightning.runtime.work import Work
+from panda_lightning.tables.plan import Row
+from panda_lightning.types import PandaError
+
+KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc")  # a method's own number: the first there is
+HARDEST, SIDE = 6, 96  # pictures of either kind, and their side in pixels
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came out of a run.
+
+    Attributes:
+        row: Which.
+        auroc: Of the last epoch; None where the run failed.
+        curve: Epochs trained and AUROC, from the untrained network on.
+        seconds: It took.
+        work: What it did for others too.
+        made: By which version, on what machine, and when.
+        error: Why it failed.
+    """
+
+    row: Row
+    auroc: float | None
+    curve: list[tuple[float, float]]
+    seconds: float
+    work: list[Work]
+    made: str
+    error: str | None = None
+
+
+class SeveralDevicesError(Exception):
+    """The run wants several devices."""
+
+
+class Rows:
+    """The rows of a folder.
+
+    Args:
+        folder: Where they are: ``rows`` holds what came out, ``hardest`` pictures, ``runs`` logs and checkpoints,
+            ``shared`` what the frozen layers made of images, ``locks`` who is at work.
+        loggers: Of Lightning, by class, beside the CSV logger.
+    """
+
+    def __init__(self, folder: Path, loggers: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.loggers = loggers
+        self._decoded: dict[type[Any], Any] = {}  # what data modules of a class have decoded
+
+    def path(self, row: Row) -> Path:
+        """The file of a row."""
+        return self.folder / "rows" / f"{row.name}.json"
+
+    def read(self) -> list[Found]:
+        """What has come out so far, failures too."""
+        return [self._read(path) for path in sorted((self.folder / "rows").glob("*.json"))]
+
+    def _read(self, path: Path) -> Found:
+        try:
+            known = json.loads(path.read_text("utf-8"))
+            known["work"] = [Work(*work) for work in known["work"]]
+            known["curve"] = [tuple(point) for point in known["curve"]]
+            found = Found(**{**known, "row": Row.of(known["row"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise PandaError(f"{path} is no row of a table ({error}): remove it, and the row is run again.") from error
+        if found.error is None and not path.with_suffix(".npz").is_file():
+            raise PandaError(f"{path} has lost its scores, {path.stem}.npz: remove it, and the row is run again.")
+        return found
+
+    def scores(self, row: Row) -> dict[str, Any]:
+        """Index, score, label and kind (N,) of the test images of a complete row."""
+        return _arrays(self.path(row).with_suffix(".npz"))
+
+    def hardest(self, row: Row) -> dict[str, Any]:
+        """The test images that scores mistake most, where the pictures are here: places in the scores, and JPEGs."""
+        path = self.folder / "hardest" / f"{row.name}.npz"
+        return _arrays(path) if path.is_file() else {}
+
+    def make(self, rows: Sequence[Row], again: bool = False) -> Iterator[tuple[Row, Found | None]]:
+        """Run what is missing, in order; None stands for a row that was there, or that another process is making.
+
+        Args:
+            rows: Which.
+            again: Also rows that failed before.
+        """
+        for row in rows:
+            path, lock = self.path(row), self.folder / "locks" / row.name
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with held(lock) as mine:
+                failed = again and path.is_file() and self._read(path).error
+                found = self._made(row, mine) if mine and (failed or not path.is_file()) else None
+            yield row, found
+
+    def _made(self, row: Row, lock: int | None = None) -> Found:
+        """Run it and write what came out; of several processes, the first writes."""
+        begin, error = time.monotonic(), None
+        curve: list[tuple[float, float]] = []
+        log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with _logged(log, work), _own_wandb_run():
+                curve = self._run(row)
+        except SeveralDevicesError:
+            return self._made_apart(row, log, lock)
+        except SystemExit as end:
+            if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
+                raise
+            error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
+        except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
+            if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise PandaError(f"{failure}. Make room, and run the same command again.") from failure
+            error = " ".join(str(failure).split()) or type(failure).__name__
+        auroc = curve[-1][1] if curve else None
+        return self._write(Found(row, auroc, curve, time.monotonic() - begin, work, made(), error))
+
+    def _write(self, found: Found) -> Found:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with new_file(self.path(found.row)) as part:
+                part.write_text(json.dumps(asdict(found)), "utf-8")
+        return found
+
+    def _made_apart(self, row: Row, log: Path, lock: int | None) -> Found:
+        """Run it in a process of its own, which Lightning starts again for each device."""
+        words = [sys.executable, "-m", __spec__.name, str(self.folder), row.words_of(), *self.loggers]
+        with log.open("a", encoding="utf-8") as file:
+            status = subprocess.run(
+                words, stdout=file, stderr=file, check=False, pass_fds=() if lock is None else (lock,)
+            ).returncode
+        if status < 0 or status in (75, 130, 143):  # a signal: the run is to go on
+            raise SystemExit(status if status > 0 else 128 - status)
+        if not self.path(row).is_file():
+            said = f"a process ended with status {status}: see {log}"
+            return self._write(Found(row, None, [], 0.0, [], made(), said))
+        return self._read(self.path(row))
+
+    def _run(self, row: Row) -> list[tuple[float, float]]:
+        """Curve of a run, whose scores are written; of one that was cut short, it is that of all its parts."""
+        words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
+                 "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
+        words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
+        cli = run(words, self._sharing())
+        model, data, trainer = cli.model, cli.datamodule, cli.trainer
+        log_dir = Path(trainer.log_dir or "")  # asks all processes
+        if not trainer.is_global_zero:
+            return []
+        scores: Any = model.scores
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        ses = next((c for c in callbacks if isinstance(c, SampleWiseEarlyStopping)), None)
+        values = (scores.score if ses is None or ses.score is None else ses.score).numpy()
+        index, label = scores.index.numpy(), scores.label.numpy()
+        dataset = data.test_dataloader().dataset
+        kind = np.array(data.classes)[dataset.images.targets[index]]
+        _save(self.path(row).with_suffix(".npz"), index=index, score=values, label=label, kind=kind)
+        order = np.argsort(values, kind="stable")
+        hard = np.concatenate([order[label[order] == 1][:HARDEST], order[label[order] == 0][::-1][:HARDEST]])
+        shown = dataset.pictures(scores.index[hard.copy()])
+        jpeg = np.array([_jpeg(picture) for picture in shown.numpy()])
+        _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
+        return self._curve(log_dir.parent)
+
+    def _loggers(self, row: Row) -> list[dict[str, Any]]:
+        """CSV, from which the curve comes, and those that were asked for."""
+        place = self.folder / "runs"
+        own: dict[str, dict[str, Any]] = {
+            "AutoWandbLogger": {"name": row.name, "id": f"{row.name}-{fingerprint(str(self.folder.absolute()))}",
+                                "resume": "allow", "group": row.data, "job_type": row.column,
+                                "tags": [row.normal, f"seed {row.seed}"]},
+            # folders of their own: MLflow takes each folder beside its own for an experiment, and TensorBoard shows a
+            # run that goes on as one only where its files lie together
+            "MLFlowLogger": {"save_dir": str(place / "mlruns"), "experiment_name": row.data, "run_name": row.name},
+            "TensorBoardLogger": {"save_dir": str(place / "tensorboard"), "name": row.name, "version": "",
+                                  "default_hp_metric": False},
+        }  # fmt: skip
+        if "MLFlowLogger" in self.loggers and "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 refuses files unless this is said
+        runs = {"save_dir": str(place)}
+        first = {"class_path": "CSVLogger", "init_args": {**runs, "name": row.name}}
+        more = [{"class_path": one, "init_args": {**runs, **own.get(one, {"name": row.name})}} for one in self.loggers]
+        return [first, *more]
+
+    @staticmethod
+    def _curve(folder: Path) -> list[tuple[float, float]]:
+        rows: list[dict[str, str]] = []
+        for path in sorted(folder.glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+            header, *lines = [line.split(",") for line in path.read_text("utf-8").splitlines()]
+            rows += [dict(zip(header, line, strict=True)) for line in lines]
+        key = next((key for key in KEYS if any(row.get(key) for row in rows)), "")
+        points: dict[float, float] = {}
+        for row in rows:
+            if row.get(key):  # what a run that goes on logs again of earlier epochs is rounded
+                points.setdefault(float(row["epochs_trained"]), float(row[key]))
+        return sorted(points.items())
+
+    def _sharing(self) -> type[PandaCLI]:
+        """A command line whose runs share decoded images, and what frozen layers make of them."""
+        shared, cache = self._decoded, str(self.folder / "shared")
+
+        class Sharing(PandaCLI):
+            @override
+            def after_instantiate_classes(self) -> None:
+                super().after_instantiate_classes()
+                if self.trainer.world_size > 1 and __name__ != "__main__":
+                    raise SeveralDevicesError
+                if isinstance(self.model, Detector):
+                    self.model.prefix_cache_dir = cache
+                if isinstance(self.datamodule, AnomalyDataModule):
+                    self.datamodule.decoded = shared.setdefault(type(self.datamodule), self.datamodule.decoded)
+                callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+                if self.config.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in callbacks):
+                    callbacks.insert(0, SaveOnSignal())  # a table that is told to end loses no epoch
+
+        return Sharing
+
+
+def _save(path: Path, **arrays: Any) -> None:
+    with new_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _jpeg(picture: Any) -> bytes:
+    """A picture (3, H, W) uint8, no larger than is looked at."""
+    image, file = Image.fromarray(picture.transpose(1, 2, 0)), BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(file, format="JPEG", quality=80)
+    return file.getvalue()
+
+
+class _Collected(logging.FileHandler):
+    """A log file, and what its records say of work."""
+
+    def __init__(self, path: Path, work: list[Work]) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.work = work
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self.work += [record.work] if hasattr(record, "work") else []
+
+
+@contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """W&B's run ends with the row, also where it failed: else the next row would go on in it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
+
+
+@contextmanager
+def _logged(path: Path, work: list[Work]) -> Iterator[None]:
+    """What a run says goes to a file."""
+    handler = _Collected(path, work)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    try:
+        with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+            yield
+    finally:
+        handler.close()
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+def made() -> str:
+    """Version and commit of this package, torch, hardware and day."""
+    return ", ".join([f"panda-lightning {VERSION.split()[0]}{_commit()}", f"torch {torch.__version__}", machine(),
+                      time.strftime("%Y-%m-%d")])  # fmt: skip
+
+
+def machine() -> str:
+    """What numbers are made on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpus, about = os.cpu_count(), Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cpus} cores of {names[0] if names else platform.machine()}"
+
+
+def _commit() -> str:
+    """The commit that this package is at, where it is a checkout; with + where it was changed since."""
+
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return told.stdout.strip()
+
+    here = Path(__file__).parent
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return (
+            f" at {git('rev-parse', '--short', 'HEAD')}{'+' if git('status', '--porcelain', str(here.parent)) else ''}"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+if __name__ == "__main__":  # a run on several devices
+    silence()
+    Rows(Path(sys.argv[1]), sys.argv[3:])._made(Row.of(sys.argv[2]))

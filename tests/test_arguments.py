@@ -9,6 +9,8 @@ import yaml
 
 from panda_lightning import PANDA, SPADE, Digits, Pretraining, SaveOnSignal
 from panda_lightning.arguments import Bounds, Checked, Form, _hints, require, subclasses
+from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.detectors import Detector
 from panda_lightning.types import PandaError
 
 ROOT = Path(__file__).parents[1]
@@ -149,3 +151,10 @@ def test_callbacks_are_checked():
         SaveOnSignal(every_n_steps=0)
     with pytest.raises(PandaError, match="momentum=1"):
         Pretraining(momentum=1.0)
+
+
+def test_no_detector_has_an_argument_of_a_data_set():
+    """Lightning writes both into one table of hyper-parameters, and refuses two values under one name."""
+    detectors = {name for cls in subclasses(Detector) for name in signature(cls).parameters}
+    data = {name for cls in subclasses(AnomalyDataModule) for name in signature(cls).parameters}
+    assert detectors & data <= {"kwargs", "args"}

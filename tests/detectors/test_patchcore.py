@@ -47,3 +47,18 @@ def test_scores_and_maps_are_a_plain_loops(tmp_path, coreset, neighbours):
         assert detector.scores.score[i] == pytest.approx(weight * by_patch.max(), rel=1e-3)
         resized = F.interpolate(torch.tensor(by_patch)[None, None], (64, 64), mode="bilinear", align_corners=False)
         np.testing.assert_allclose(found[i], resized[0, 0], rtol=2e-3, atol=1e-4)
+
+
+def test_the_coreset_follows_the_datas_seed(tmp_path):
+    banks = []
+    for seed in (0, 1, 0):
+        module = mvtec(tmp_path)
+        module.seed = seed
+        detector = PatchCore("panda_tiny", coreset=0.1)
+        trainer(tmp_path).test(detector, module, verbose=False)
+        banks.append(detector.bank)
+    assert torch.equal(banks[0], banks[2])
+    assert not torch.equal(banks[0], banks[1])
+    module.seed = 1
+    trainer(tmp_path).test(detector, module, verbose=False)  # used again, it makes the bank of this seed
+    assert torch.equal(detector.bank, banks[1])

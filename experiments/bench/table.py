@@ -28,7 +28,11 @@ def timed(words, folder):
     )
     seconds = time.perf_counter() - begin
     said = done.stdout + done.stderr + "".join(p.read_text() for p in Path(folder).glob("table/runs/*/log.txt"))
-    return seconds, sum(int(n) for n in re.findall(r"(\d+) (?:test|normal training) images passed", said))
+    counts = [
+        sum(int(n) for n in re.findall(rf"(\d+) (?:test|normal training) images {verb}", said))
+        for verb in ("passed", "decoded")
+    ]
+    return seconds, counts[0] or counts[1]  # without a cache each image that is decoded passes once
 
 
 if __name__ == "__main__":
@@ -39,8 +43,7 @@ if __name__ == "__main__":
         folder = tempfile.mkdtemp()
         logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}/runs"]
         quiet = [*logger, "--trainer.enable_progress_bar=false"]
-        caches = [f"--model.prefix_cache_dir={folder}/{row.name}" for row in plan]  # so that all images are counted
-        each = [timed(["panda_lightning", *r.words, *quiet, c], "none") for r, c in zip(plan, caches, strict=True)]
+        each = [timed(["panda_lightning", *row.words, *quiet], "none") for row in plan]
         found["separate"].append((sum(s for s, _ in each), sum(n for _, n in each)))
         own = [
             "panda_lightning.tools",

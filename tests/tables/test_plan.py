@@ -114,6 +114,13 @@ def test_every_row_has_its_own_name():
     assert len({row.place for row in plan}) == len(plan)
 
 
+def test_long_names_fit_into_a_file_system_and_stay_apart():
+    long = "x" * 200
+    plan = rows({long + "a": "dn2", long + "b": "dn2"}, classes=(long + "8", long + "9"), seeds=(0, 1))
+    assert len({row.name for row in plan}) == 8
+    assert max(len(row.name) for row in plan) < 130
+
+
 def test_parts_are_neighbours_and_all_of_them():
     plan = rows({"dn2": "dn2", "early": "early"}, classes=tuple("0123456789"))
     for n in (1, 3, 7, 25):

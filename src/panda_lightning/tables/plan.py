@@ -67,9 +67,10 @@ class Row:
 
     @property
     def name(self) -> str:
-        """A name for files, another one where the settings differ."""
-        words = f"{self.data} {self.normal} {self.column} {self.seed}"
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', words).strip('-')}-{self.settings}"
+        """A name for files, another one where the place or the settings differ."""
+        words = " ".join([self.data, self.normal, self.column])
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:100]
+        return f"{plain}-{self.seed}-{_digest([*self.place, self.settings])}"
 
     @property
     def command(self) -> str:
@@ -131,11 +132,15 @@ def planned(
             few = [] if count is None else one.few(count)
             own = [*one.words, f"--data.{key}={name}", f"--seed_everything={seed}", f"--data.seed={seed}", *few]
             counting = [word for word in one.words if not word.startswith(ELSEWHERE)]
-            told = json.dumps([one.verb, contents, one.content, counting], default=str, sort_keys=True)
-            settings = hashlib.sha256(told.encode()).hexdigest()[:8]
+            settings = _digest([one.verb, contents, one.content, counting])
             files = [f"--config={config}" for config in (*configs, one.file)]
             rows.append(Row(kind, name, method, seed, count, (one.verb, *files, *own), settings))
     return rows
+
+
+def _digest(told: list[Any]) -> str:
+    text = json.dumps(told, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def joined(words: Sequence[str]) -> list[str]:

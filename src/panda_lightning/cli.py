@@ -1,6 +1,8 @@
 """The command line: ``lightning fit | validate | test | predict --config conf/X.yaml``."""
 
+import atexit
 import errno
+import gc
 import logging
 import os
 import re
@@ -369,6 +371,10 @@ def _sentence(error: BaseException) -> str | None:
     if "ckpt_path" in said or isinstance(error, FileNotFoundError):  # Lightning looks for best, hpc and addresses
         return said
     return None
+
+
+# At its end the interpreter would look through all that torch has imported for garbage, which takes more than a second.
+atexit.register(gc.freeze)
 
 
 def silence() -> None:

@@ -39,9 +39,13 @@ class Report(pl.Callback):
     """Keeps a row a validation of ``fit``; at the end of a run prints what came out, and draws it as report.png.
 
     The rows travel in the checkpoint, so a resumed run reports the whole curve, also in its ``metrics.csv``.
+
+    Args:
+        pictures: Whether to draw.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pictures: bool = True) -> None:
+        self.pictures = pictures
         self.rows: list[Row] = []
         self._scored = False  # in this run
         self._train_seconds = 0.0
@@ -147,7 +151,7 @@ class Report(pl.Callback):
         else:
             line = f"{name} {auroc(scores, labels):.4f} of {len(scores)} images by {pl_module.method}"
         console.print(line, soft_wrap=True)
-        if len(scores):
+        if len(scores) and self.pictures:
             draw(self._folder / "report.png", scores, labels, self.rows, name)
             console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")

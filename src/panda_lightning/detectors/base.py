@@ -476,8 +476,8 @@ class Detector(Checked, pl.LightningModule, ABC):
                     run |= {"batch_size": size, "batch_size_per_process": size // self.trainer.world_size}
                 logger.describe(type(self.data).__name__, self.method, run)
         banks = [RebuildIndex()] if type(self).make_bank is not Detector.make_bank else []
-        own = [c for c in self.trainer.callbacks if isinstance(c, Predictions)]  # type: ignore[attr-defined]
-        return [*banks, Health(), Media(), Report(), *([] if own else [Predictions()])]
+        own = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [*banks, Health(), Media(), *(kind() for kind in (Report, Predictions) if kind not in own)]
 
     @override
     def setup(self, stage: str) -> None:

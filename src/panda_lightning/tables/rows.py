@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from typing_extensions import override
 
-from panda_lightning.callbacks import SampleWiseEarlyStopping, SaveOnSignal
+from panda_lightning.callbacks import Report, SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.cli import VERSION, PandaCLI, run, silence
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import Detector
@@ -172,7 +173,7 @@ class Rows:
         words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
                  "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
         words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
-        cli = run(words, self._sharing())
+        cli = run(words, self._sharing(row.words[0]))
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
         log_dir = Path(trainer.log_dir or "")  # asks all processes
         if not trainer.is_global_zero:
@@ -225,11 +226,16 @@ class Rows:
                 points.setdefault(float(row["epochs_trained"]), float(row[key]))
         return sorted(points.items())
 
-    def _sharing(self) -> type[PandaCLI]:
+    def _sharing(self, verb: str) -> type[PandaCLI]:
         """A command line whose runs share decoded images, and what frozen layers make of them."""
         shared, cache = self._decoded, str(self.folder / "shared")
 
         class Sharing(PandaCLI):
+            @staticmethod
+            @override
+            def subcommands() -> dict[str, set[str]]:
+                return {verb: PandaCLI.subcommands()[verb]}  # the parsers of the others take a quarter of a second
+
             @override
             def after_instantiate_classes(self) -> None:
                 super().after_instantiate_classes()
@@ -240,6 +246,7 @@ class Rows:
                 if isinstance(self.datamodule, AnomalyDataModule):
                     self.datamodule.decoded = shared.setdefault(type(self.datamodule), self.datamodule.decoded)
                 callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+                callbacks.append(Report(pictures=False))  # the table's page shows them
                 if self.config.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in callbacks):
                     callbacks.insert(0, SaveOnSignal())  # a table that is told to end loses no epoch
 
@@ -313,6 +320,7 @@ def made() -> str:
                       time.strftime("%Y-%m-%d")])  # fmt: skip
 
 
+@cache
 def machine() -> str:
     """What numbers are made on."""
     if torch.cuda.is_available():
@@ -323,6 +331,7 @@ def machine() -> str:
     return f"{cpus} cores of {names[0] if names else platform.machine()}"
 
 
+@cache
 def _commit() -> str:
     """The commit that this package is at, where it is a checkout; with + where it was changed since."""
 

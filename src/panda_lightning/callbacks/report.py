@@ -70,7 +70,7 @@ class Report(pl.Callback):
             [],
             False,
             0.0,
-        )  # a Trainer that is used again keeps its callbacks
+        )  # a Trainer keeps its callbacks
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so not at the end
 
     @override

@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from panda_lightning import PandaError, auroc
 from panda_lightning.formulas.uncertainty import (
+    Estimate,
     aurocs,
     average_precision,
     delong,
@@ -17,6 +18,7 @@ from panda_lightning.formulas.uncertainty import (
     friedman,
     holm,
     interval,
+    joined,
     nemenyi_difference,
     reliable,
     resamples,
@@ -449,3 +451,33 @@ def test_one_kind_of_image_is_refused(function, label):
 def test_what_cannot_be_judged_is_refused(call, message):
     with pytest.raises(PandaError, match=message):
         call()
+
+
+def test_estimates_on_separate_images_are_joined_as_independent():
+    one, other = Estimate(0.9, 0.02, 0.85, 0.93, True), Estimate(0.7, 0.03, 0.64, 0.76, False)
+    assert joined([(one, 3)]) is one
+    found = joined([(one, 1), (other, 3)])
+    assert found.value == pytest.approx((0.9 + 3 * 0.7) / 4)
+    assert found.error == pytest.approx(np.hypot(0.02, 3 * 0.03) / 4)
+    assert not found.reliable
+    middle, half = np.log(found.value / (1 - found.value)), 1.959964 * found.error / (found.value * (1 - found.value))
+    np.testing.assert_allclose(
+        [found.low, found.high], 1 / (1 + np.exp(-np.array([middle - half, middle + half]))), rtol=1e-6
+    )
+    gap = joined([(Estimate(-0.99, 0.02, -1, -0.95, True), 1)] * 2, bounded=False)
+    assert (gap.low, gap.high) == (-1.0, pytest.approx(-0.99 + 1.959964 * 0.02 / np.sqrt(2)))
+    best = joined([(Estimate(1.0, 0.0, 0.8, 1.0, False), 1), (Estimate(1.0, 0.0, 0.7, 1.0, False), 1)])
+    assert best[:4] == (1.0, 0.0, 0.7, 1.0)
+    with pytest.raises(PandaError, match="no estimate"):
+        joined([])
+
+
+def test_separate_images_have_the_mean_of_one_set_of_them():
+    """Two categories of their own, against all images taken as one set with missing scores left out."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for size in (60, 90):
+        label = np.arange(size) % 3 > 0
+        parts.append((interval(rng.normal(size=size) + label, label), 1))
+    drawn = [np.mean([rng.normal(part.value, part.error) for part, _ in parts]) for _ in range(20000)]
+    assert np.std(drawn) == pytest.approx(joined(parts).error, rel=0.03)

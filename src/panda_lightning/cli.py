@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import warnings
+from functools import cache
 from importlib.metadata import version
 from inspect import isabstract, signature
 from pathlib import Path
@@ -373,12 +374,16 @@ def _sentence(error: BaseException) -> str | None:
     return None
 
 
-# At its end the interpreter would look through all that torch has imported for garbage, which takes more than a second.
-atexit.register(gc.freeze)
+@cache
+def pass_over_imports() -> None:
+    """Let no search for garbage go through what imports have made: it takes a second, in a run and at its end."""
+    gc.freeze()
+    atexit.register(gc.freeze)
 
 
 def silence() -> None:
     """Leave out what is not meant for our users: an advertisement, and warnings about what we do on purpose."""
+    pass_over_imports()
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from panda_lightning.tables.rows import Rows
 
 TABLE = ["--config=conf/digits.yaml", "--methods=dn2,early,ses", "--classes=6,7,8,9", "--seeds=0,1",
-         "--words=--trainer.max_epochs=6 --data.image_size=32"]  # fmt: skip
+         "--words=--trainer.max_epochs=15 --data.image_size=32"]  # fmt: skip
 
 
 def started(folder, log):

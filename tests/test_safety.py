@@ -12,7 +12,11 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 UNPICKLER = "datamodules/cifar.py"  # has the one unpickler, which builds plain containers and arrays
-EXPORTED = ("tools/certificate.py", "torch.export.load")  # opens a program that the same process has just written
+ALLOWED = {
+    ("tools/certificate.py", "torch.export.load"),  # opens a program that the same process has just written
+    # asks git for the commit, and starts this Python anew for a run on several devices
+    *(("tables/rows.py", name) for name in ("subprocess", "subprocess.run", "subprocess.CalledProcessError")),
+}
 BANNED = """
 builtins: eval exec compile __import__
 os: system popen execv execve execl execvp spawnl spawnv posix_spawn startfile
@@ -84,7 +88,7 @@ def faults(source, file="x.py"):
     found = {
         name for name, node in names for other in banned()
         if f"{name}.".startswith(f"{other}.") and not (file == UNPICKLER and node in bases)
-        and (file, name) != EXPORTED
+        and (file, name) not in ALLOWED
     }  # fmt: skip
     zips, of = list(checked_zips(tree)), {node: name for name, node in names}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

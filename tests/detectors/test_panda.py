@@ -430,9 +430,9 @@ def test_frozen_layers_of_images_on_disk(tmp_path, folder):
     torch.testing.assert_close(detector.scores.score, inside.scores.score, rtol=1e-6, atol=0)
 
 
-def test_a_fisher_file_that_does_not_fit_is_refused_before_any_work(tmp_path, folder, monkeypatch):
+def test_a_fisher_file_that_does_not_fit_is_refused_before_any_work(tmp_path, folder):
     torch.save({"layer9.weight": torch.ones(1)}, tmp_path / "f.pth")
     module = data(folder)
-    monkeypatch.setattr(module, "_decoded", lambda *a: pytest.fail("decoded first"))
     with pytest.raises(PandaError, match=r"f.pth does not fit resnet10t: layer3.*is missing"):
         trainer(tmp_path).fit(PANDA("panda_tiny", fisher=str(tmp_path / "f.pth")), module)
+    assert not module.decoded

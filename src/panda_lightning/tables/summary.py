@@ -20,11 +20,11 @@ from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.formulas import uncertainty
 from panda_lightning.formulas.metrics import auroc
 from panda_lightning.formulas.uncertainty import Estimate
-from panda_lightning.tables.plan import LOADER, Row
+from panda_lightning.tables.plan import Row
 from panda_lightning.tables.rows import Found, Rows
 
-PUBLISHED: dict[str, dict[str, list[dict[str, Any]]]] = yaml.load(
-    Path(__file__).with_name("published.yaml").read_text("utf-8"), LOADER
+PUBLISHED: dict[str, dict[str, list[dict[str, Any]]]] = yaml.safe_load(
+    Path(__file__).with_name("published.yaml").read_text("utf-8")
 )
 BINS = 40
 Summary = dict[str, Any]

@@ -49,7 +49,7 @@ class Found:
         row: Which.
         auroc: Of the last epoch; None where the run failed.
         curve: Epochs trained and AUROC, from the untrained network on.
-        seconds: It took.
+        seconds: It took, with the parts before it was told to end.
         work: What it did for others too.
         made: By which version, on what machine, and when.
         error: Why it failed.
@@ -131,6 +131,8 @@ class Rows:
         begin, error = time.monotonic(), None
         curve: list[tuple[float, float]] = []
         log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
+        spent = log.with_name("seconds.txt")  # of earlier parts of a run that goes on
+        before = float(spent.read_text("utf-8")) if spent.is_file() else 0.0
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with _logged(log, work), _own_wandb_run():
@@ -139,6 +141,7 @@ class Rows:
             return self._made_apart(row, log, lock)
         except SystemExit as end:
             if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
+                spent.write_text(str(before + time.monotonic() - begin), "utf-8")
                 raise
             error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
         except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
@@ -146,7 +149,8 @@ class Rows:
                 raise PandaError(f"{failure}. Make room, and run the same command again.") from failure
             error = " ".join(str(failure).split()) or type(failure).__name__
         auroc = curve[-1][1] if curve else None
-        return self._write(Found(row, auroc, curve, time.monotonic() - begin, work, made(), error))
+        seconds = before + time.monotonic() - begin
+        return self._write(Found(row, auroc, curve, seconds, work, made(), error))
 
     def _write(self, found: Found) -> Found:
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -13,9 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from panda_lightning.tables.plan import Row, planned
-from tests.tables.recorded import METHODS, WORDS
-
 SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -194,8 +191,11 @@ def fast(root: Path, *, model: str = "PANDA", epochs: int = 2) -> list[str]:
 
 
 @pytest.fixture
-def study(workdir: Path) -> list[Row]:
+def study(workdir: Path) -> list[Any]:
     """Rows of small digits runs with the bundled network; a variant that fails lies beside the real ones."""
+    from panda_lightning.tables.plan import planned  # not before pytest's log handlers: Lightning looks for them
+    from tests.tables.recorded import METHODS, WORDS
+
     for name in ("digits.yaml", "variants"):
         (workdir / name).symlink_to(Path(__file__).parents[1] / "conf" / name)
     (workdir / "wrong.yaml").write_text("model: {class_path: DN2, init_args: {k: 4000}}\n")

@@ -1,0 +1,180 @@
+"""Tables of runs: the numbers of separate runs, each once, whatever happens in between."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from panda_lightning import Digits, PandaError
+from panda_lightning.cli import run as command
+from panda_lightning.tables.plan import planned
+from panda_lightning.tables.rows import Rows
+from tests.tables.recorded import METHODS, WORDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def curves(folder):
+    return {found.row.name: (found.curve, found.error) for found in Rows(Path(folder)).read()}
+
+
+def test_rows_are_those_of_separate_runs_in_any_order(study, workdir):
+    made = [found for _, found in Rows(workdir / "one").make(study)]
+    assert [found.error for found in made] == [None] * 6
+    list(Rows(workdir / "other").make(study[::-1]))
+    assert curves("one") == curves("other")
+    for row, found in list(zip(study, made, strict=True))[3:]:
+        logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir=alone/{row.name}"]
+        cli = command([*row.words, *logger, "--trainer.enable_progress_bar=false"])
+        kept = Rows(workdir / "one").scores(row)
+        if row.method != "ses":
+            np.testing.assert_array_equal(kept["score"], cli.model.scores.score.numpy())
+        assert found.auroc == pytest.approx(roc_auc_score(kept["label"], kept["score"]), abs=1e-12)
+        assert len(found.curve) == (1 if row.method == "dn2" else 3)
+
+
+def test_what_is_there_is_not_run_again(study, workdir):
+    rows = Rows(workdir / "table")
+    first = next(iter(rows.make(study)))[1]
+    found = {row.name: one for row, one in Rows(workdir / "table").make(study)}
+    assert first is not None
+    assert found[study[0].name] is None
+    assert None not in [found[row.name] for row in study[1:]]
+
+
+def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdir):
+    code = (
+        "import sys; from pathlib import Path; from panda_lightning.tables.rows import Rows\n"
+        "from panda_lightning.tables.plan import planned\n"
+        f"plan = planned(['digits.yaml'], {METHODS!r}, ['8', '9'], [0], {WORDS!r})\n"
+        "list(Rows(Path('killed')).make(plan)); print('DONE')\n"
+    )
+    list(Rows(workdir / "table").make(study))
+    for wait in (5.0, 7.0, 120.0):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            out, _ = process.communicate(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            out, _ = process.communicate()
+        if b"DONE" in out:
+            break
+    assert b"DONE" in out
+    assert curves("killed") == curves("table")
+    for row in study:
+        one, other = (Rows(workdir / folder).scores(row) for folder in ("killed", "table"))
+        np.testing.assert_array_equal(one["score"], other["score"])
+
+
+def test_a_row_of_a_later_class_goes_on_from_its_own_checkpoint(study, workdir):
+    table, early = Rows(workdir / "table"), [row for row in study if row.method == "early"]
+    first = [found for _, found in table.make(early)]
+    table.path(early[1]).unlink()
+    (again,) = (found for _, found in Rows(workdir / "table").make(early) if found)
+    assert again.curve == first[1].curve
+    runs = workdir / "table/runs" / early[1].name
+    assert "Restor" in (runs / "log.txt").read_text()
+    told = torch.load(next(runs.glob("version_0/checkpoints/*.ckpt")), weights_only=True)
+    assert str(told["datamodule_hyper_parameters"]["normal_class"]) == "9"
+
+
+@pytest.mark.parametrize("code", [143, 1, 75])
+def test_a_signal_or_ctrl_c_is_no_failed_row(study, workdir, monkeypatch, code):
+    def stopped(*_):
+        raise SystemExit(code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("panda_lightning.tables.rows.run", stopped)
+        with pytest.raises(SystemExit):
+            list(Rows(workdir / "table").make(study[:1]))
+    assert not list((workdir / "table/rows").glob("*.json"))
+    (workdir / "table/runs" / study[0].name / "seconds.txt").write_text("100.0")
+    found = next(iter(Rows(workdir / "table").make(study[:1])))[1]
+    assert found.error is None
+    assert found.seconds > 100
+
+
+def test_two_processes_share_the_work_of_a_folder(study, workdir):
+    first, second = Rows(workdir / "table").make(study), Rows(workdir / "table").make(study)
+    iterator = iter(first)
+    begin = time.monotonic()
+    made = [next(iterator)]  # holds no lock between rows
+    made += [*second, *iterator]
+    assert sum(found is not None for _, found in made) == len(study)
+    assert time.monotonic() - begin < 120
+    assert len(list((workdir / "table/rows").glob("*.json"))) == len(study)
+
+
+def test_rows_say_what_made_them(study, workdir):
+    list(Rows(workdir / "table").make(study[:1]))
+    known = json.loads(next((workdir / "table/rows").glob("*.json")).read_text())
+    assert known["row"]["words"][0] == "test"
+    assert known["made"].startswith("panda-lightning")
+    assert "torch" in known["made"]
+    assert time.strftime("%Y-") in known["made"]
+
+
+def test_images_are_decoded_and_pass_the_frozen_layers_once(study, workdir):
+    plan = planned(["digits.yaml"], METHODS, ["8", "9"], [0, 1], WORDS)
+    list(Rows(workdir / "table").make(plan))
+    work = [work for one in Rows(workdir / "table").read() for work in one.work]
+    counts = {(verb, what): [w.images for w in work if (w.verb, w.what) == (verb, what)] for verb, what, *_ in work}
+    assert counts["decoded", "test"] == [120]
+    assert counts["decoded", "normal training"] == [40, 40]
+    passed = "passed through the frozen layers"
+    assert counts[passed, "test"] == [120, 120]  # DN2's whole network, and the layers that PANDA does not adapt
+    assert counts[passed, "normal training"] == [40] * 4
+
+
+def test_kinds_and_pictures_are_those_of_the_images(study, workdir):
+    rows = Rows(workdir / "table")
+    list(rows.make(study[:1]))
+    kept, hard = rows.scores(study[0]), rows.hardest(study[0])
+    targets = Digits(normal_class=8, test_limit=120).test_images.targets
+    assert kept["kind"].tolist() == [str(target) for target in targets]
+    order = np.argsort(kept["score"], kind="stable")
+    missed = [place for place in order if kept["label"][place] == 1][:6]
+    alarms = [place for place in order[::-1] if kept["label"][place] == 0][:6]
+    assert hard["place"].tolist() == missed + alarms
+    assert all(Image.open(BytesIO(jpeg)).size == (32, 32) for jpeg in hard["jpeg"])
+
+
+def test_two_devices_make_the_rows_of_one(study, workdir):
+    one, two = Rows(workdir / "one"), Rows(workdir / "two")
+    several = [
+        replace(row, words=(*row.words, "--trainer.accelerator=cpu", "--trainer.devices=2")) for row in study[4:5]
+    ]
+    list(one.make(study[4:5]))
+    made = [found for _, found in two.make(several)]
+    assert [found.error for found in made] == [None]
+    assert [found.row for found in made] == several
+    for row in study[4:5]:
+        np.testing.assert_allclose(two.scores(row)["score"], one.scores(row)["score"], rtol=1e-4)
+    (early,) = made
+    np.testing.assert_allclose(early.curve, {f.row.name: f for f in one.read()}[early.row.name].curve, atol=1e-3)
+    assert [found for _, found in two.make(several)] == [None]
+
+
+def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("panda_lightning.tables.rows.run", full)
+    with pytest.raises(PandaError, match="Make room, and run the same command again"):
+        list(Rows(workdir / "table").make(study))
+    assert not list((workdir / "table/rows").glob("*"))

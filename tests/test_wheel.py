@@ -42,7 +42,14 @@ def test_the_wheel_runs_the_demo_from_another_folder(tmp_path):
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     where = call(python, "-c", "import panda_lightning as p; print(p.__file__)", cwd=elsewhere, env=clean)
     assert Path(where.strip()).is_relative_to(environment)
+    packed = {name.removeprefix("src/") for name in names if name.startswith("src/panda_lightning/")}
+    assert packed == {
+        p.relative_to(site).as_posix() for p in (site / "panda_lightning").rglob("*.*") if p.suffix != ".pyc"
+    }
     words = ["fit", "--config", ROOT / "conf/digits.yaml", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     said = call(environment / "bin/lightning", *words, cwd=elsewhere, env=clean)
     assert "AUROC" in said
     assert (elsewhere / "runs/digits/version_0/report.png").is_file()
+    table = ["table", "--config", ROOT / "conf/digits.yaml", "--classes=9", "--words=--trainer.accelerator=cpu"]
+    assert "| dn2 | 1 | 90.0" in call(environment / "bin/panda", *table, cwd=elsewhere, env=clean)
+    assert (elsewhere / "tables/digits/table.html").is_file()

@@ -13,10 +13,10 @@ import pytest
 
 from panda_lightning.detectors import PANDA
 from panda_lightning.runtime import loggers
-from panda_lightning.tools import main
 from panda_lightning.tables.plan import planned
 from panda_lightning.tables.rows import Rows
 from panda_lightning.tables.tracked import log_table
+from panda_lightning.tools import main
 from tests.callbacks.test_media import inspect
 
 HOME = Path(__file__).parents[2]

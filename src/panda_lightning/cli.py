@@ -308,6 +308,7 @@ def main(args: ArgsType = None) -> None:
         args: Words in place of sys.argv, for Python and tests.
     """
     silence()
+    pass_over_imports()
     try:
         run(args)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -383,7 +384,6 @@ def pass_over_imports() -> None:
 
 def silence() -> None:
     """Leave out what is not meant for our users: an advertisement, and warnings about what we do on purpose."""
-    pass_over_imports()
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

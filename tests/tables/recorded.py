@@ -20,11 +20,11 @@ def row(method="dn2", normal="8", seed=0, data="Digits", shots=None):
 def record(rows, one, score=None, label=None, kind=None, curve=((0, 0.5), (1, 0.6)), error=None):
     """Write a row; its AUROC is that of the curve's end, whatever the scores say."""
     points = [] if error else list(curve)
-    found = Found(one, points[-1][1] if points else None, points, 1.5, [], "panda-lightning 0, here", error)
+    kinds = np.array(kind if kind is not None else np.where(label, "other", "own"))
+    found = Found(one, f"{len(kinds.ravel())} images", points, 1.5, [], "panda-lightning 0, here", error)
     path = rows.path(one)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not error:
-        kinds = np.array(kind if kind is not None else np.where(label, "other", "own"))
         np.savez(path.with_suffix(".npz"), index=np.arange(len(score)), score=score, label=label, kind=kinds)
     path.write_text(json.dumps(asdict(found)))
     return found

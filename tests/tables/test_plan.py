@@ -51,7 +51,7 @@ def test_a_methods_own_words_override_those_of_all():
     )  # fmt: skip
     assert row.variant == "dn2"
     assert row.command.startswith("lightning test --config=")
-    assert Row.of(row.words_of()) == row
+    assert Row.of(row.as_json()) == row
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_few_shots_are_drawn_by_seed_and_scored_on_all_test_images(study, workdi
 
 def test_what_is_said_of_time_is_by_kind_of_work(study):
     def found(row, seconds, work=()):
-        return Found(row, 0.9, [(0, 0.9)], seconds, list(work), made())
+        return Found(row, "", [(0, 0.9)], seconds, list(work), made())
 
     plan = planned(["digits.yaml"], {"dn2": "dn2", "early": "early"}, ["7", "8", "9"], [0, 1], WORDS)
     first = found(plan[0], 30.0, [Work("passed", "test", 100, 20.0), Work("passed", "normal training", 50, 8.0)])

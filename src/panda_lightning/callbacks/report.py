@@ -66,11 +66,8 @@ class Report(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._fitting = stage == "fit"
-        self.rows, self._scored, self._train_seconds = (
-            [],
-            False,
-            0.0,
-        )  # a Trainer keeps its callbacks
+        # a Trainer that is used again keeps its callbacks
+        self.rows, self._scored, self._train_seconds = [], False, 0.0
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes, so not at the end
 
     @override

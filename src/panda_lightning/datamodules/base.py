@@ -346,7 +346,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         if split == "train" and self.shots is not None:
             if self.shots > len(images):
                 raise PandaError(
-                    f"shots={self.shots}, but there are {len(images)} normal training images: choose less."
+                    f"shots={self.shots}, but there are {len(images)} normal training images: choose no more than that."
                 )
             images = images.take(np.sort(self._drawn("shots", images)[: self.shots]))
         return images

@@ -77,13 +77,13 @@ class Row:
         """What runs it alone."""
         return shlex.join(["lightning", *self.words])
 
-    def words_of(self) -> str:
-        """As JSON, for a file or another process."""
+    def as_json(self) -> str:
+        """For a file, or another process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def of(cls, known: str | dict[str, Any]) -> Self:
-        """What ``words_of`` wrote."""
+        """What ``as_json`` wrote, or the dictionary in it."""
         known = json.loads(known) if isinstance(known, str) else known
         return cls(**{**known, "words": tuple(known["words"])})
 

@@ -47,7 +47,7 @@ class Found:
 
     Attributes:
         row: Which.
-        auroc: Of the last epoch; None where the run failed.
+        images: A fingerprint of the test images.
         curve: Epochs trained and AUROC, from the untrained network on.
         seconds: It took, with the parts before it was told to end.
         work: What it did for others too.
@@ -56,12 +56,17 @@ class Found:
     """
 
     row: Row
-    auroc: float | None
+    images: str
     curve: list[tuple[float, float]]
     seconds: float
     work: list[Work]
     made: str
     error: str | None = None
+
+    @property
+    def auroc(self) -> float | None:
+        """Of the last epoch; None where the run failed."""
+        return self.curve[-1][1] if self.curve else None
 
 
 class SeveralDevicesError(Exception):
@@ -129,14 +134,14 @@ class Rows:
     def _made(self, row: Row, lock: int | None = None) -> Found:
         """Run it and write what came out; of several processes, the first writes."""
         begin, error = time.monotonic(), None
-        curve: list[tuple[float, float]] = []
+        images, curve = "", list[tuple[float, float]]()
         log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
         spent = log.with_name("seconds.txt")  # of earlier parts of a run that goes on
         before = float(spent.read_text("utf-8")) if spent.is_file() else 0.0
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with _logged(log, work), _own_wandb_run():
-                curve = self._run(row)
+                images, curve = self._run(row)
         except SeveralDevicesError:
             return self._made_apart(row, log, lock)
         except SystemExit as end:
@@ -148,9 +153,8 @@ class Rows:
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise PandaError(f"{failure}. Make room, and run the same command again.") from failure
             error = " ".join(str(failure).split()) or type(failure).__name__
-        auroc = curve[-1][1] if curve else None
         seconds = before + time.monotonic() - begin
-        return self._write(Found(row, auroc, curve, seconds, work, made(), error))
+        return self._write(Found(row, images, curve, seconds, work, made(), error))
 
     def _write(self, found: Found) -> Found:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -160,7 +164,7 @@ class Rows:
 
     def _made_apart(self, row: Row, log: Path, lock: int | None) -> Found:
         """Run it in a process of its own, which Lightning starts again for each device."""
-        words = [sys.executable, "-m", __spec__.name, str(self.folder), row.words_of(), *self.loggers]
+        words = [sys.executable, "-m", __spec__.name, str(self.folder), row.as_json(), *self.loggers]
         with log.open("a", encoding="utf-8") as file:
             status = subprocess.run(
                 words, stdout=file, stderr=file, check=False, pass_fds=() if lock is None else (lock,)
@@ -169,11 +173,11 @@ class Rows:
             raise SystemExit(status if status > 0 else 128 - status)
         if not self.path(row).is_file():
             said = f"a process ended with status {status}: see {log}"
-            return self._write(Found(row, None, [], 0.0, [], made(), said))
+            return self._write(Found(row, "", [], 0.0, [], made(), said))
         return self._read(self.path(row))
 
-    def _run(self, row: Row) -> list[tuple[float, float]]:
-        """Curve of a run, whose scores are written; of one that was cut short, it is that of all its parts."""
+    def _run(self, row: Row) -> tuple[str, list[tuple[float, float]]]:
+        """Test images and curve of a run, whose scores are written; the curve is that of all parts of the run."""
         words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
                  "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
         words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
@@ -181,7 +185,7 @@ class Rows:
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
         log_dir = Path(trainer.log_dir or "")  # asks all processes
         if not trainer.is_global_zero:
-            return []
+            return "", []
         scores: Any = model.scores
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
         ses = next((c for c in callbacks if isinstance(c, SampleWiseEarlyStopping)), None)
@@ -195,7 +199,7 @@ class Rows:
         shown = dataset.pictures(scores.index[hard.copy()])
         jpeg = np.array([_jpeg(picture) for picture in shown.numpy()])
         _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
-        return self._curve(log_dir.parent)
+        return model.origin["test images"], self._curve(log_dir.parent)
 
     def _loggers(self, row: Row) -> list[dict[str, Any]]:
         """CSV, from which the curve comes, and those that were asked for."""

@@ -45,11 +45,6 @@ class Scored:
         self.found, self.row = found, found.row
         self.score, self.label, self.kind = kept["score"].astype(np.float64), kept["label"], kept["kind"]
 
-    @property
-    def images(self) -> bytes:
-        """Equal for runs that scored the same test images."""
-        return bytes(self.kind.tobytes())
-
     def measures(self) -> dict[str, float]:
         """What stands beside AUROC."""
         own: dict[str, float] = {
@@ -160,9 +155,9 @@ def _estimate(some: Sequence[Scored]) -> dict[str, Any] | None:
     """The mean AUROC of runs; those on the same images are taken together."""
     if not some:
         return None
-    groups: dict[bytes, list[Scored]] = defaultdict(list)
+    groups: dict[str, list[Scored]] = defaultdict(list)
     for one in some:
-        groups[one.images].append(one)
+        groups[one.found.images].append(one)
     parts = [(uncertainty.interval(*_stacked(group)), len(group)) for group in groups.values()]
     return _told(uncertainty.joined(parts)) | {"seeds": len({one.row.seed for one in some})}
 
@@ -203,7 +198,7 @@ def _means(measures: Iterable[dict[str, float]]) -> dict[str, float | None]:
 def _kinds(some: Sequence[Scored]) -> dict[str, float]:
     """AUROC of each kind of anomaly against the normal images, the mean over runs."""
     found: dict[str, list[float]] = defaultdict(list)
-    separate = len({one.images for one in some}) > 1  # then a word may be another kind in another category
+    separate = len({one.found.images for one in some}) > 1  # then a word may be another kind in another category
     for one in some:
         normal = one.label == 0
         for kind in np.unique(one.kind[~normal]):
@@ -223,10 +218,10 @@ def _pairs(columns: Sequence[str], of: Mapping[str, list[Scored]]) -> list[dict[
         if shots[one] != shots[other]:  # no question that anybody asks, and Holm would count it
             continue
         mine, theirs = ({(s.row.normal, s.row.seed): s for s in of[column]} for column in (one, other))
-        groups: dict[bytes, list[tuple[Scored, Scored]]] = defaultdict(list)
+        groups: dict[str, list[tuple[Scored, Scored]]] = defaultdict(list)
         for key in mine.keys() & theirs.keys():
-            if mine[key].images == theirs[key].images:
-                groups[mine[key].images].append((mine[key], theirs[key]))
+            if mine[key].found.images == theirs[key].found.images:
+                groups[mine[key].found.images].append((mine[key], theirs[key]))
         parts = []
         for pairs in groups.values():
             (first, label), (second, _) = (_stacked([pair[i] for pair in pairs]) for i in (0, 1))

@@ -6,7 +6,7 @@ returns the exit status.
 
 from pathlib import Path
 
-from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, silence
+from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, pass_over_imports, silence
 from panda_lightning.runtime.whole import require_folder
 from panda_lightning.tools import bank, check_data, export, fisher, gallery, suspects, table
 from panda_lightning.types import PandaError
@@ -32,6 +32,7 @@ def main(args: list[str] | None = None) -> int:
         The exit status, 0 when nothing is wrong.
     """
     silence()
+    pass_over_imports()
     parser = OneSentenceParser(prog="panda", description="Tools around `lightning fit`.", version=VERSION)
     commands = parser.add_subcommands()
     accepted = {name: OneSentenceParser(description=tool.HELP) for name, tool in TOOLS.items()}

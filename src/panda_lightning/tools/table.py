@@ -34,8 +34,11 @@ from panda_lightning.tables.tracked import log_table
 from panda_lightning.types import PandaError
 
 HELP = "Run methods on all normal classes and seeds of a data set, and write one table with intervals."
-PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "MLFlowLogger": ("mlflow",),
-            "CometLogger": ("comet_ml",), "NeptuneLogger": ("neptune",)}  # fmt: skip
+PACKAGES = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "MLFlowLogger": ("mlflow",),
+    "CometLogger": ("comet_ml",),
+}
 OPTIONS = ("config", "methods", "classes", "seeds", "shots", "words", "folder", "loggers")  # which rows, and where
 Listed = str | int | list[str | int]
 

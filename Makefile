@@ -1,9 +1,12 @@
-# Two commands: `make demo` and `make test`. `make VENV=DIR ...` uses another environment.
+# Two commands: `make demo` and `make test`. `make VENV=DIR ...` uses another environment; `make JOBS=1 test` runs one test
+# at a time, with as many threads as OMP_NUM_THREADS says. `make docs` builds the site in docs/site.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
+REUSE ?= --reuse
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench lint install
+.PHONY: demo test docs bench lint install release-check
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -15,10 +18,16 @@ demo: install
 	@echo "with labels, to show the effect on 90 images with a small network. Real networks: experiments/RESULTS.md."
 
 test: install lint
-	"$(BIN)/python" -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
+
+docs: install
+	"$(BIN)/python" docs/build.py
 
 bench: install
 	"$(BIN)/python" experiments/bench
+
+release-check: install  # make REUSE= release-check installs all dependencies anew (8 GB)
+	"$(BIN)/python" experiments/release_check.py $(REUSE)
 
 lint: install
 	"$(BIN)/ruff" check .
@@ -31,5 +40,5 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --upgrade pip
-	"$(BIN)/python" -m pip install --progress-bar off -e ".[test]"
+	"$(BIN)/python" -m pip install --progress-bar off -e ".[test,docs]"
 	touch "$@"

@@ -1,10 +1,13 @@
 """What the tests share. Nothing here needs network, GPU or ../shared."""
 
+import json
 import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("NETRC", "/nonexistent")
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        home = str(tmp_path_factory.mktemp("home"))
+        for name in ("HOME", "USERPROFILE"):  # the latter on Windows
+            patch.setenv(name, home)
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(name, raising=False)
         yield
@@ -56,6 +61,16 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         wandb.finish()
 
 
+def script(path: str) -> Any:
+    """A script of the project as a module."""
+    spec = spec_from_file_location(Path(path).stem, Path(__file__).parents[1] / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real images and weights, where it is."""
@@ -84,10 +99,13 @@ def picture(kind: str, number: int, size: int = 40) -> Image.Image:
 def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Call a function of the rank in some threads that take themselves for processes; returns what each returned.
 
-    tests/test_distributed.py starts real ones, which takes seconds.
+    tests/test_distributed.py starts real ones, which takes seconds. With ``nccl`` each has a GPU of tests/played.py,
+    and tensors of the CPU are refused.
     """
 
-    def call(world: int, function: Callable[[int], Any]) -> list[Any]:
+    from tests.played import Machine  # not before pytest's log handlers: Lightning looks for them
+
+    def call(world: int, function: Callable[[int], Any], backend: str = "gloo") -> list[Any]:
         meeting, mine, mail = threading.Barrier(world, timeout=60), threading.local(), [None] * world
 
         def exchange(thing: Any) -> list[Any]:
@@ -97,8 +115,13 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             meeting.wait()
             return found
 
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            if backend == "nccl" and not tensor.is_cuda:
+                raise RuntimeError("No backend type associated with device type cpu")
+            return tensor.clone()
+
         def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
-            for part, found in zip(parts, exchange(tensor.clone()), strict=True):
+            for part, found in zip(parts, exchange(sent(tensor)), strict=True):
                 assert part.shape == found.shape
                 assert part.dtype == found.dtype
                 part.copy_(found)
@@ -106,16 +129,17 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         def start(rank: int) -> Any:
             mine.rank = rank
             try:
-                return function(rank)
+                with Machine("cuda:0") if backend == "nccl" else nullcontext():
+                    return function(rank)
             except BaseException:
                 meeting.abort()
                 raise
 
         dist = {
             "is_initialized": lambda: True, "get_world_size": lambda: world, "get_rank": lambda: mine.rank,
-            "get_backend": lambda: "gloo", "all_gather": all_gather,
+            "get_backend": lambda: backend, "all_gather": all_gather,
             "all_gather_object": lambda parts, thing: operator.setitem(parts, slice(None), exchange(thing)),
-            "all_reduce": lambda tensor: tensor.copy_(torch.stack(exchange(tensor.clone())).sum(dim=0)),
+            "all_reduce": lambda tensor: tensor.copy_(torch.stack(exchange(sent(tensor))).sum(dim=0)),
         }  # fmt: skip
         with monkeypatch.context() as patch, ThreadPoolExecutor(world) as pool:
             for name, value in dist.items():
@@ -123,6 +147,43 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return list(pool.map(start, range(world)))
 
     return call
+
+
+MIXED = ((64, 64), (128, 64), (64, 90))  # width and height of images of three sizes
+SMALL = {  # architectures of vision transformers and what makes them small; patches of 8 pixels
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3}),
+    "eva": (
+        "vit_tiny_patch16_dinov3_qkvb",
+        {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3},
+    ),
+}
+
+
+def small_network(folder: Path, kind: str) -> str:
+    """Write a small vision transformer as timm keeps networks in folders: a ViT with a classifier, or a DINOv3 without.
+
+    Returns:
+        What model.backbone takes.
+    """
+    import timm
+    from safetensors.torch import save_file
+
+    architecture, args = SMALL[kind]
+    classes = 7 if kind == "vit" else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, num_classes=classes, **args)
+        for block in model.blocks:  # a fresh one hardly changes its input
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                torch.nn.init.normal_(layer.weight, std=0.2)
+            for name in {"gamma_1", "gamma_2"} & dict(block.named_parameters()).keys():
+                torch.nn.init.ones_(getattr(block, name))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    settings = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": classes}
+    config = {"architecture": architecture, "num_classes": classes, "model_args": args, "pretrained_cfg": settings}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return f"local-dir:{folder}"
 
 
 @pytest.fixture
@@ -149,6 +210,20 @@ def make_folder(root: Path, train: int = 11, normal: int = 7, anomalous: int = 6
         (root / split / kind).mkdir(parents=True, exist_ok=True)
         for n in numbers:
             picture(kind, n).save(root / split / kind / f"{n:03d}.png")
+    return root
+
+
+def make_mixed(root: Path, train: int = 11) -> Path:
+    """Write an image folder of spots and stripes of three sizes; of a stripe the left half is anomalous."""
+    make_folder(root, train)
+    (root / "ground_truth/stripe").mkdir(parents=True)
+    for number, file in enumerate(sorted(root.glob("*/*/*.png"))):
+        image = Image.open(file).resize(MIXED[number % 3])
+        image.save(file)
+        if "test/stripe" in file.as_posix():
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (0, 0, image.width // 2, image.height))
+            mask.save(root / f"ground_truth/stripe/{file.stem}.png")
     return root
 
 

@@ -5,6 +5,7 @@ Each process runs all cases one after the other, for starting Python is what tak
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -13,7 +14,8 @@ from PIL import Image
 
 import panda_lightning as panda
 from panda_lightning.callbacks import SampleWiseEarlyStopping
-from tests.conftest import make_clouds, make_folder
+from tests.conftest import SMALL, make_clouds, make_folder, make_mixed, small_network
+from tests.played import nccl
 
 
 class Table(panda.DN2):
@@ -37,19 +39,25 @@ class Log(pl.Callback):
     on_validation_end = on_train_epoch_end = on_test_end = keep
 
 
-def data(root, **options):
-    return panda.ImageFolder(
-        root=str(root / "images"), normal_class="spot", image_size=32, crop="squash", batch_size=6, eval_batch_size=4,
-        **options,
-    )  # fmt: skip
+def data(root, folder="images", outliers=None, **options):
+    own = {"normal_class": "spot", "image_size": 32, "crop": "squash", "batch_size": 6, "eval_batch_size": 4}
+    others = outliers and str(root / outliers)
+    return panda.ImageFolder(root=str(root / folder), outliers=others, **{**own, **options})
 
 
-ADAPT = {"backbone": "panda_tiny", "lr": 0.1, "grad_clip": 1.0}
+STEPS = {"lr": 0.1, "grad_clip": 1.0}
+ADAPT = {"backbone": "panda_tiny", **STEPS}
+SEVERAL = {"folder": "mixed", "crop": "none"}
 LENET = {"network": "cifar10", "lr": 1e-3, "pretrain_epochs": 2, "pretrain_milestone": 2, "milestone": 9}
 
 # name -> epochs (0: test), the detector given a folder for caches, options of the data
 CASES = {
     "PANDA, SES": (2, lambda cache: panda.PANDA(**ADAPT, ewc_weight=100, fisher="ones", prefix_cache_dir=cache), {}),
+    "PANDA, ViT": (2, lambda cache: panda.PANDA("vit", **STEPS, ewc_weight=100, prefix_cache_dir=cache), {}),
+    "PANDA, DINOv3": (2, lambda cache: panda.PANDA("eva", **STEPS, ewc_weight=100, prefix_cache_dir=cache), {}),
+    "PANDA, LoRA": (2, lambda cache: panda.PANDA("eva", **STEPS, ewc_weight=1e4, adapt="lora", lora_rank=2), {}),
+    "PANDA, several sizes": (2, lambda cache: panda.PANDA("panda_tiny", **STEPS, ewc_weight=0), SEVERAL),
+    "PatchCore, several sizes": (0, lambda cache: panda.PatchCore("panda_tiny", coreset=0.5), SEVERAL),
     "DN2": (0, lambda cache: panda.DN2("panda_tiny", normalize=True), {}),
     "DN2, sharded": (0, lambda cache: panda.DN2("panda_tiny", normalize=True, shard_bank=True), {}),
     "PANDA, SES, sharded": (2, lambda cache: panda.PANDA(**ADAPT, ewc_weight=100, fisher="ones", shard_bank=True), {}),
@@ -69,19 +77,29 @@ CASES = {
 FROM_SCRATCH = ("Deep SVDD", "Deep SVDD, soft", "RotNet")
 
 
-def run(root, world, name, out):
-    """One case; process 0 writes down what came out."""
+def run(root, world, name, out, where=None):
+    """One case; process 0 writes down what came out.
+
+    Args:
+        root: See images.
+        world: Number of processes.
+        name: Of the case.
+        out: The folder for it.
+        where: What pl.Trainer needs for another device.
+    """
+    where = where or {"accelerator": "cpu", "strategy": "ddp" if world > 1 else "auto"}
     epochs, make, options = CASES[name]
-    options = {key: str(root / value) for key, value in options.items()}
     pl.seed_everything(0, verbose=False)
     log, ses = Log(), SampleWiseEarlyStopping()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=epochs or 1, logger=False,
+        **where, devices=world, max_epochs=epochs or 1, logger=False,
         default_root_dir=out, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, precision="64-true" if name in FROM_SCRATCH else "32-true",
         callbacks=[log, *([ses] if "SES" in name else [])],
     )  # fmt: skip
     detector = make(str(out / "cache") if world > 1 else None)
+    if getattr(detector, "backbone_name", None) in SMALL:
+        detector.backbone_name = f"local-dir:{root / detector.backbone_name}"
     if epochs:
         trainer.fit(detector, data(root, **options))
     else:
@@ -106,10 +124,17 @@ def images(root):
         mask.paste(255, (3 * n, 5, 3 * n + 10, 25))
         mask.save(path)
     make_clouds(root / "others", 14)
+    for kind in SMALL:
+        small_network(root / kind, kind)
+    make_mixed(root / "mixed", train=13)
     return root
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    ours, size = [Path(word) for word in sys.argv[1:3]], int(os.environ["WORLD_SIZE"])
+    gpus = {"accelerator": "gpu", "strategy": "ddp"} if "ON_GPU" in os.environ else None
+    torch.backends.cudnn.allow_tf32 = False
     for case in sys.argv[3:]:
-        run(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), case, Path(sys.argv[2]))
+        with nccl() if "PLAY_NCCL" in os.environ else nullcontext(gpus) as there:
+            run(ours[0], size, case, ours[1], there)

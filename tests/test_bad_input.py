@@ -42,7 +42,7 @@ def files(workdir, folder):
     return workdir
 
 
-TRAINER = "the trainer's arguments are not possible here: "
+TRAINER = "these Trainer arguments do not work here: "
 FIT = [
     ("--trainer.devices=0", TRAINER),
     ("--trainer.devices=-3", TRAINER),
@@ -77,9 +77,12 @@ FIT = [
     ("--ckpt_path=images", "images is not a file"),
     ("--ckpt_path=garbage.ckpt", "garbage.ckpt is broken"),
     ("--ckpt_path=nothing.ckpt", "nothing.ckpt is broken"),
-    ("--ckpt_path=code.ckpt", "code.ckpt is refused, for it must hold tensors and primitives alone .it asks to run"),
-    ("--ckpt_path=foreign.ckpt", "no format number: it is foreign"),
-    ("--ckpt_path=list.ckpt", "no format number: it is foreign"),
+    (
+        "--ckpt_path=code.ckpt",
+        "code.ckpt is refused, because it may contain only tensors and primitives .it asks to run",
+    ),
+    ("--ckpt_path=foreign.ckpt", "no format number: it is not from this project"),
+    ("--ckpt_path=list.ckpt", "no format number: it is not from this project"),
     ("--ckpt_path=hpc", "no HPC checkpoint was found"),
     ("--model.prefix_cache_dir=text", "prefix_cache_dir=text cannot be written to"),
     ("--trainer.logger.save_dir=text", "save_dir=text.* cannot be written to"),
@@ -104,14 +107,14 @@ FIT = [
     ("--model.backbone=code.ckpt", "code.ckpt is refused"),
     ("--model.backbone=garbage.ckpt", "garbage.ckpt is refused"),
     ("--model.backbone=foreign.ckpt", "no format number"),
-    ("--model.backbone=local-dir:images", "cannot be had"),
-    ("--model.backbone=resnet10t --model.weights=code.ckpt", "cannot be had .the file holds other things than tensors"),
+    ("--model.backbone=local-dir:images", "cannot be loaded"),
+    ("--model.backbone=resnet10t --model.weights=code.ckpt", "cannot be loaded .the file contains more than tensors"),
     ("--model.backbone=resnet10t --model.weights=images", "weights=images is not a file"),
     ("--model.fisher=images", "fisher=images is neither a file"),
     ("--model.fisher=code.ckpt", "code.ckpt is refused"),
     ("--model.fisher=garbage.ckpt", "garbage.ckpt is refused"),
     ("--model.fisher=plain.pth", "plain.pth does not fit"),
-    ("--model.fisher=list.ckpt", "holds no dictionary of tensors"),
+    ("--model.fisher=list.ckpt", "is not a dictionary of tensors"),
     ("--model=PANDAOE", "outlier exposure needs images"),
     ("--model=PANDAOE --data.outliers=nowhere", "outliers=nowhere is neither a folder"),
     ("--data.outliers=images/test", "would be ignored"),
@@ -147,7 +150,7 @@ def test_a_flag_for_one_of_several_loggers_is_refused(files, run, capsys):
     )
     words = [word for word in fast(files / "images") if "trainer.logger" not in word]
     said = refusal(run, capsys, "fit", "--config=two.yaml", *words, "--trainer.logger.name=mine")
-    assert "--trainer.logger.name would be set for the last of 2 loggers alone: name the one logger" in said
+    assert "--trainer.logger.name would be set only for the last of 2 loggers: name the one logger" in said
 
 
 def test_too_little_memory_is_said(files, run, capsys, monkeypatch):
@@ -167,7 +170,7 @@ def test_a_full_disk_leaves_no_empty_picture(files, run, capsys, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     said = refusal(run, capsys, "fit", *fast(files / "images", epochs=1), "--model.ewc_weight=0")
     assert "No space left on device" in said
-    assert "go on with --ckpt_path last" in said
+    assert "resume with --ckpt_path last" in said
     assert not list(files.glob("runs/t/version_*/*.png"))
     assert not list(files.glob("runs/t/version_*/.panda*"))
 
@@ -176,7 +179,7 @@ FISHER = [
     ("--samples=0", "--samples=0 is not allowed: choose a whole number, 1 or more"),
     ("--samples=-1", "--samples=-1 is not allowed"),
     ("--batch=1", "--batch=1 is not allowed: choose a whole number, 2 or more"),
-    ("--batch=99", "--batch 99 needs so many images"),
+    ("--batch=99", "--batch 99 needs 99 or more images"),
     ("--batch=4 --per-sample", "two estimators: choose one"),
     ("--image_size=0", "--image_size=0 is not allowed"),
     ("--memory_mb=0", "--memory_mb=0 is not allowed"),
@@ -184,13 +187,13 @@ FISHER = [
     ("--devices=0", "--devices=0 is not allowed"),
     ("--adapt_stages=0", "--adapt_stages=0 is not allowed"),
     ("--adapt_stages=9", "adapt_stages=9 does not fit"),
-    ("--data=nowhere", "nowhere holds no images"),
+    ("--data=nowhere", "nowhere has no images"),
     ("--labels=foo", "expected one of"),
-    ("--labels=true", "named as no class"),
+    ("--labels=true", "do not have the name of a class"),
     ("--output=images", "images is a folder: name a file"),
     ("--output=text/f.safetensors", "cannot be written to"),
     ("--backbone=code.ckpt", "code.ckpt is refused"),
-    ("--backbone=resnet19x", "cannot be had"),
+    ("--backbone=resnet19x", "cannot be loaded"),
     ("--weights=nowhere", "weights=nowhere is not a file"),
     ("--foo=1", "foo"),
 ]
@@ -228,7 +231,7 @@ def test_mistakes_from_python_are_sentences_too(tmp_path):
         trainer(tmp_path, 1).fit(PANDA("panda_tiny"), loader)
     for detector in (DN2("panda_tiny"), PatchCore("panda_tiny"), OCSVM()):
         detector.load_backbone()
-        with pytest.raises(PandaError, match="no bank of normal images yet: a test makes it"):
+        with pytest.raises(PandaError, match="no bank of normal images yet: run a test"):
             detector.anomaly_score(next(iter(loader)))
     with pytest.raises(PandaError, match="check_val_every_n_epoch=0 is not allowed"):
         trainer(tmp_path, 1, check_val_every_n_epoch=0).fit(PANDA("panda_tiny"), digits)

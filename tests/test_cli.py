@@ -11,18 +11,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning_utilities.core.imports import RequirementCache
 
 from panda_lightning import CIFAR10, PANDA, ImageFolder
 from panda_lightning.arguments import subclasses
-from panda_lightning.cli import OneSentenceParser, at_home, main
+from panda_lightning.cli import main
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
-from panda_lightning.pictures.images import View
+from panda_lightning.pictures.view import View
 from panda_lightning.tools import main as panda
 from panda_lightning.tools import table
 from tests.conftest import fast, make_clouds, make_folder
 from tests.datamodules import official
+from tests.windows import WINDOWS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "conf").glob("*.yaml") if not p.stem.startswith("pretrain"))
@@ -44,7 +45,7 @@ QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -52,8 +53,13 @@ def curve(folder: Path, key: str = "val/auroc") -> list[tuple[float, float]]:
     return [(float(r["epochs_trained"]), float(r[key])) for r in rows(folder / "metrics.csv") if r.get(key)]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("variant", [None, *VARIANTS], ids=lambda path: path.stem if path else "plain")
+# every configuration alone and with a third of the variants, every variant with a third of the configurations; what
+# all pairs say is compared below
+PAIRS = [(c, None) for c in CONFIGS] + [(c, v) for i, c in enumerate(CONFIGS) for j, v in enumerate(VARIANTS)
+                                        if (i + j) % 3 == 0]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "variant"), PAIRS, ids=lambda path: path.stem if path else "plain")
 def test_every_shipped_config_runs(config, variant, run, workdir):
     official.make_everything(workdir / "official")
     make_folder(workdir / "images")
@@ -80,7 +86,8 @@ def test_every_shipped_config_runs(config, variant, run, workdir):
     assert "Pictures: runs/" in out
     if trains:
         start = [] if name in (*PIXELS, "oe") else [0.0]
-        assert [x for x, _ in curve(folder)] == [*start, 1.0]
+        key = "val/auroc_autoencoder" if name == "deep_svdd" else "val/auroc"  # one epoch is the autoencoder's
+        assert [x for x, _ in curve(folder, key)] == [*start, 1.0]
         assert "oracle" in out
 
 
@@ -210,7 +217,7 @@ def test_fit_then_test_without_training_images_then_resume(run, workdir):
     broken = workdir / "runs/t/version_2/checkpoints/last.ckpt"
     broken.parent.mkdir()
     broken.write_bytes(last.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match="version_2.*is broken .* and passed over"):
+    with pytest.warns(UserWarning, match="version_2.*is broken .* and is skipped"):
         out = run("fit", *fast(folder, epochs=4), "--model.grad_clip=10", "--ckpt_path=last")
     whole = curve(workdir / "runs/t/version_0")
     assert curve(workdir / "runs/t/version_3") == whole  # what the earlier run logged stands there too
@@ -246,6 +253,7 @@ def test_a_second_run_into_the_same_folder_is_no_clash(run, workdir):
     assert (workdir / "runs/t/version_0/config.yaml").is_file()
 
 
+@pytest.mark.skipif(WINDOWS, reason="a shell script")
 def test_a_run_in_its_folder_goes_on_under_the_same_id(run, workdir):
     import wandb
 
@@ -360,30 +368,10 @@ def test_check_data_reads_the_config_of_a_run(runs, workdir):
 @pytest.fixture
 def home(workdir, monkeypatch):
     """A home folder beside the current one."""
-    monkeypatch.setenv("HOME", str(workdir / "home"))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(workdir / "home"))
     (workdir / "home").mkdir()
     return workdir / "home"
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("~", "HOME"),
-        ("~/x y", "HOME/x y"),
-        ("local-dir:~/w", "local-dir:HOME/w"),
-        ("CIFAR100:~", "CIFAR100:HOME"),
-        *((same, same) for same in ("a~/b", "~other/x", "C:~x", "x/~/y", "~~/x", "", None, 3, True, 0.5)),
-        (Path("~/x"), Path("HOME/x")),
-        (Path("x~"), Path("x~")),
-        (["~/x", ("~/y", 1)], ["HOME/x", ("HOME/y", 1)]),
-        ({"~": "~/x"}, {"~": "HOME/x"}),
-        (Namespace(a=Namespace(b=["~/x"]), c={"d": "~/y"}), Namespace(a=Namespace(b=["HOME/x"]), c={"d": "HOME/y"})),
-    ],
-    ids=str,
-)
-def test_the_home_folder_is_put_for_a_tilde(value, expected, monkeypatch):
-    monkeypatch.setenv("HOME", "HOME")
-    assert at_home(value) == expected
 
 
 def test_a_tilde_is_the_home_folder_in_files_and_flags(home, run, capsys, workdir):
@@ -489,7 +477,7 @@ def test_the_advice_about_several_loggers_can_be_followed(run, capsys, folder, w
 
 def test_an_unknown_logger_is_met_with_the_known_ones(run, capsys, folder):
     said = refusal(run, capsys, "fit", *fast(folder), "--trainer.logger=TensorBordLogger")
-    assert re.search("There are the loggers AutoWandbLogger, CSVLogger, .* and the callbacks .*EarlyStopping", said)
+    assert re.search("Available are the loggers AutoWandbLogger, CSVLogger, .* and the callbacks .*EarlyStopping", said)
     assert "detectors" not in said
 
 
@@ -518,14 +506,14 @@ def refusal(run, capsys, *words: object) -> str:
         (["--model.k=12"], "k=12 neighbours, but there are 11 normal training images: choose 1 to 11"),
         (["--model.lr=1e30", "--model.grad_clip=1e30"], "loss became NaN or infinite at batch|NaN or infinite"),
         (["--model.kk=3"], "Option 'kk' is not accepted"),
-        (["--model.backbone=resnet20x"], "backbone=resnet20x cannot be had"),
+        (["--model.backbone=resnet20x"], "backbone=resnet20x cannot be loaded"),
         (["--model.fisher=/nonexistent"], "fisher=/nonexistent is neither a file"),
         (["--ckpt_path=/nonexistent.ckpt"], "ckpt_path=/nonexistent.ckpt is not a file"),
         (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
         (["--data.resize=3"], "resize=3 is smaller than image_size=32"),
         (["--model.adapt_stages=0"], "adapt_stages=0 is not allowed: choose a whole number, 1 or more"),
-        (["--data.crop=centre"], r"expected one of \['center', 'squash'\]. Got value: centre"),
-        (["--model=PANDAA"], "PANDAA. There are the detectors .*DN2, .*PANDA.* and the data sets .*CIFAR10"),
+        (["--data.crop=centre"], r"expected one of \['center', 'squash', 'none'\]. Got value: centre"),
+        (["--model=PANDAA"], "PANDAA. Available are the detectors .*DN2, .*PANDA.* and the data sets .*CIFAR10"),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
 )
@@ -557,12 +545,12 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error(run, capsys, folder,
     run("test", *words)
     last = "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt"
     said = refusal(run, capsys, "test", *words, "--model.k=3", last)
-    assert "was made with other settings than those asked for (model.k 3, not 2): leave them out" in said
+    assert "was made with settings other than these (model.k 3, not 2): leave them out" in said
     run("test", *words, "--model.k=2", last)  # the same value is no contradiction
     run("test", *words, "--model.index_backend=torch", "--model.optimize=plain", last)  # nor is how to compute
     words = [word.replace("class=spot", "class=stripe") for word in words]
     said = refusal(run, capsys, "test", *words, last)
-    assert "made with other data or arguments than these (normal_class=stripe, not spot): give those" in said
+    assert "made with data or arguments other than these (normal_class=stripe, not spot): use the old ones" in said
 
 
 def test_last_is_the_newest_of_this_very_configuration(run, workdir, caplog):
@@ -571,7 +559,7 @@ def test_last_is_the_newest_of_this_very_configuration(run, workdir, caplog):
     early, ewc = ([*fast(folder, epochs=1), f"--model.ewc_weight={weight}"] for weight in (0, 5))
     run("fit", *early)
     run("fit", *ewc, "--ckpt_path=last")  # starts anew, for the other is a PANDA-Early
-    assert "none of this configuration yet (runs/t/version_0" in caplog.text
+    assert "no checkpoint of this configuration yet (runs/t/version_0" in caplog.text
     assert "model.ewc_weight 0.0, not 5.0" in caplog.text.replace("5.0, not 0.0", "0.0, not 5.0")
     run("fit", *[word.replace("epochs=1", "epochs=2") for word in early], "--ckpt_path=last")
     assert [x for x, _ in curve(workdir / "runs/t/version_2")] == [0, 1, 2]
@@ -615,6 +603,11 @@ def test_what_contradicts_the_checkpoint_is_refused_by_every_verb(run, capsys, w
         assert sentence in refusal(run, capsys, verb, *fast(folder, epochs=2), *words, last)
 
 
+def test_an_option_before_its_class_is_refused_with_what_to_do(run, capsys):
+    said = refusal(run, capsys, "fit", "--data.root=images", f"--config={ROOT / 'conf/folder.yaml'}")
+    assert "Option 'root' is not accepted. Put --config FILE, or --data CLASS" in said
+
+
 def test_a_checkpoint_made_in_python_serves_the_command_line(run, workdir):
     folder = make_folder(workdir / "images")
     trainer = pl.Trainer(
@@ -626,34 +619,3 @@ def test_a_checkpoint_made_in_python_serves_the_command_line(run, workdir):
     run("predict", *fast(folder), "--ckpt_path=python.ckpt")  # k is the checkpoint's, since nobody asks for another
     found = [float(row["score"]) for row in rows(workdir / "runs/t/version_0/predictions.csv")]
     assert found == pytest.approx(detector.scores.score.tolist(), rel=1e-5)
-
-
-# ---- the documentation ----
-
-DOCUMENTS = [
-    ROOT / "README.md",
-    *sorted((ROOT / "experiments").glob("*.md")),
-    *sorted((ROOT / "experiments/published").glob("*.yaml")),
-    *ROOT.glob("*/*.yaml"),
-    *VARIANTS,
-]
-COMMANDS = sorted(
-    {
-        match.group().split("  #")[0].split("`")[0].strip()
-        for document in DOCUMENTS
-        for match in re.finditer(r"lightning +(fit|validate|test|predict) .*--config.*", document.read_text())
-    }
-)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_commands_exist(command, run, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = [w for w in shlex.split(command)[1:] if not w.startswith("[") and not w.endswith("]")]
-    with pytest.raises(SystemExit) as stop:
-        run(*[w.replace("X.yaml", "digits.yaml") for w in words], "--print_config")
-    assert stop.value.code in (0, None), capsys.readouterr().err
-
-
-def test_documents_hold_commands():
-    assert len(COMMANDS) > 10

@@ -10,7 +10,9 @@ import yaml
 
 from panda_lightning.tables.plan import planned, spread
 from panda_lightning.tools import main
+from tests.windows import WINDOWS
 
+pytestmark = pytest.mark.skipif(WINDOWS, reason="shell scripts")
 HOME = Path(__file__).parents[1]
 CLUSTER = HOME / "experiments/cluster"
 

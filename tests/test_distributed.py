@@ -12,19 +12,24 @@ import torch
 
 from tests import ranks
 from tests.conftest import fast, make_folder
+from tests.windows import WINDOWS
 
+pytestmark = pytest.mark.skipif(WINDOWS, reason="several processes were never tried there")
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
-def start(root: Path, out: Path, world: int, cases: list[str]) -> list[subprocess.Popen]:
-    """Processes as torchrun would start them."""
+def start(
+    root: Path, out: Path, world: int, cases: list[str], where: dict[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """Processes as torchrun would start them; ``where`` says on what, see tests/ranks.py."""
     out.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     base = ENVIRONMENT | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     base |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    base |= where or {}
     command = [sys.executable, "-m", "tests.ranks", str(root), str(out), *cases]
     return [
         subprocess.Popen(command, cwd=ROOT, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -64,6 +69,29 @@ def test_any_number_of_processes_is_one(outcomes, world, case):
             scale = float(one[key].abs().max())
             torch.testing.assert_close(many[key], one[key], rtol=tolerance["rtol"], atol=tolerance["rtol"] * scale)
     assert one["steps_trained"] == many["steps_trained"]
+
+
+@pytest.mark.slow
+def test_nccl_is_given_tensors_of_gpus_alone(outcomes, tmp_path):
+    """Of methods without gradients that tests/played.py does not see; the others' tensors take the same ways."""
+    cases = [
+        "DN2, sharded",
+        "PatchCore",
+        "PatchCore, several sizes",
+        "SPADE",
+        "OC-SVM",
+        "PANDA-OE",
+        "PANDA, several sizes",
+    ]
+    processes = start(outcomes[1].parent, tmp_path / "nccl", 2, cases, {"PLAY_NCCL": "1"})
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for case in cases:
+        one, many = (
+            torch.load(folder / f"{case}.pt", weights_only=True) for folder in (outcomes[1], tmp_path / "nccl")
+        )
+        torch.testing.assert_close(many["score"], one["score"], rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(one["rows"], many["rows"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.slow

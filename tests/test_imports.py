@@ -1,18 +1,25 @@
 """Who may import whom: downwards only (README, architecture)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
-    {"types", "runtime.processes", "runtime.derived"},
-    {"arguments", "runtime.whole", "runtime.work"},
+    {"types", "runtime.processes", "runtime.derived", "runtime.float32", "runtime.sizes", "runtime.systems"},
+    {
+        "arguments", "networks.adapting", "networks.checks", "networks.splitting", "runtime.gathering", "runtime.whole",
+        "runtime.work", "search.candidates", "search.with_faiss",
+    },
     {
         "formulas.conformal", "formulas.feature_health", "formulas.losses", "formulas.metrics",
         "formulas.pixel_metrics", "formulas.uncertainty", "networks.augment", "networks.folding",
-        "networks.scratch", "runtime.checkpoints", "runtime.features",
+        "networks.scratch", "networks.tiles", "runtime.averages", "runtime.checkpoints", "runtime.features",
         "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
     },
     {
@@ -24,6 +31,7 @@ LAYERS = [
     {"callbacks"},
     {"datamodules"},
     {"detectors", "networks.pretraining"},
+    {"command"},
     {"cli"},
     {"tables"},
     {"tools"},
@@ -39,7 +47,7 @@ def place(parts: tuple[str, ...]) -> str:
 def imported(path: Path) -> set[str]:
     """Names in LAYERS that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("panda_lightning"):
             parts = tuple(node.module.split(".")[1:])
             names |= {place((*parts, alias.name)) for alias in node.names}
@@ -62,7 +70,24 @@ def test_imports_point_downwards():
 
 def test_faiss_and_wandb_are_imported_only_inside_functions():
     for path in ROOT.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text("utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(n.split(".")[0] in ("faiss", "wandb") for n in names), path
+
+
+def test_importing_the_package_takes_no_time():
+    """Its names are imported when they are used."""
+    code = "import sys, panda_lightning as p; print(len(sys.modules), 'torch' in sys.modules, p.PandaError.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) < 250
+    assert out[1:] == ["False", "PandaError"]
+
+
+def test_every_public_name_can_be_imported_and_is_in_the_reference():
+    page = (ROOT.parents[1] / "docs/pages/reference/python.md").read_text("utf-8")
+    for name in panda_lightning.__all__:
+        found = getattr(panda_lightning, name)
+        assert f"::: {found.__module__}.{name}\n" in page + "\n", name
+    with pytest.raises(AttributeError, match="Nothing"):
+        panda_lightning.Nothing  # noqa: B018

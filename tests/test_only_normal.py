@@ -44,7 +44,7 @@ def test_normal_images_alone_suffice(tmp_path, run, model, left):
 def test_what_waits_for_auroc_is_refused_before_training(folder, run):
     shutil.rmtree(folder / "test/stripe")
     for callback in ("EarlyStopping", "ModelCheckpoint"):
-        with pytest.raises(SystemExit, match=f"{callback} waits for val/auroc, and the 7 images scored are all normal"):
+        with pytest.raises(SystemExit, match=f"{callback} monitors val/auroc, but the 7 images scored are all normal"):
             run("fit", *fast(folder), f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val/auroc")
         assert not list(Path("runs").rglob("*.ckpt"))
 

@@ -208,7 +208,7 @@ def test_part_of_the_images_may_be_scored(plain, images, tmp_path, verb, count):
         found = torch.cat([batch["score"] for batch in run.predict(detector, data(images / "all"))])
         assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 8
     else:
-        with pytest.warns(UserWarning, match="AUROC is that of the first 8 of 13 test images: data.test_limit takes"):
+        with pytest.warns(UserWarning, match="AUROC covers only the first 8 of 13 test images: set data.test_limit"):
             getattr(run, verb)(detector, data(images / "all"), verbose=False)
         found = detector.scores.score
     torch.testing.assert_close(found, plain.detector.scores.score[:8], rtol=1e-5, atol=0)
@@ -303,18 +303,18 @@ def test_without_validation_many_processes_are_one(images, tmp_path):
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 REFUSED = [
-    ({"overfit_batches": 1}, "overfit_batches=1 takes the first images.* data.train_limit and data.test_limit"),
-    ({"overfit_batches": 0.5}, "overfit_batches=0.5 takes the first images"),
-    ({"limit_train_batches": 0}, "limit_train_batches=0 leaves nothing to fit"),
-    ({"limit_train_batches": 0.1}, "limit_train_batches=0.1 of 3 batches is none: choose 0.333 or more"),
-    ({"limit_val_batches": 0.1}, "limit_val_batches=0.1 of 4 batches is none: choose 0.25 or more"),
+    ({"overfit_batches": 1}, "overfit_batches=1 uses the first images.* data.train_limit and data.test_limit"),
+    ({"overfit_batches": 0.5}, "overfit_batches=0.5 uses the first images"),
+    ({"limit_train_batches": 0}, "limit_train_batches=0 leaves no batches to fit"),
+    ({"limit_train_batches": 0.1}, "limit_train_batches=0.1 of 3 batches leaves none: choose 0.333 or more"),
+    ({"limit_val_batches": 0.1}, "limit_val_batches=0.1 of 4 batches leaves none: choose 0.25 or more"),
     ({"val_check_interval": 9}, "val_check_interval=9 is more than the 3 batches of an epoch"),
     ({"val_check_interval": 3, "limit_train_batches": 2}, "val_check_interval=3 is more than the 2 batches"),
     ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 would be ignored: set model.grad_clip"),
     ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 is not allowed"),
 ]  # fmt: skip
 CALLBACKS = [
-    (lambda: callbacks.StochasticWeightAveraging(0.01), "resets BatchNorm .* take WeightAveraging or EMAWeightAv"),
+    (lambda: callbacks.StochasticWeightAveraging(0.01), "resets BatchNorm .* use WeightAveraging or EMAWeightAv"),
     (lambda: callbacks.EMAWeightAveraging(update_starting_at_epoch=1), "=1 averages .*update_starting_at_step"),
     (lambda: callbacks.GradientAccumulationScheduler({0: 2}), "number of steps .*accumulate_grad_batches"),
     (lambda: callbacks.LearningRateFinder(), "set model.lr"),
@@ -339,14 +339,14 @@ def test_an_option_that_cannot_be_right_is_refused_before_images_are_decoded(ima
 def test_sync_batchnorm_has_nothing_to_do(tmp_path):
     run = pl.Trainer(accelerator="cpu", strategy="ddp", devices=1, sync_batchnorm=True, default_root_dir=tmp_path)
     run.state.fn = TrainerFn.FITTING  # a real fit would leave its process group to the tests that follow
-    with pytest.raises(PandaError, match="sync_batchnorm=true has nothing to do"):
+    with pytest.raises(PandaError, match="sync_batchnorm=true has no effect"):
         require_options(run)
 
 
 @pytest.mark.usefixtures("undecoded")
 def test_barebones_leaves_out_what_training_is_judged_by(images, tmp_path):
     run = pl.Trainer(accelerator="cpu", barebones=True, max_epochs=1, default_root_dir=tmp_path)
-    with pytest.raises(PandaError, match="barebones=true leaves out the numbers"):
+    with pytest.raises(PandaError, match="barebones=true turns off the metrics"):
         run.fit(panda(), data(images / "all"))
 
 
@@ -361,7 +361,7 @@ def test_a_callback_that_cannot_be_right_is_refused(images, tmp_path, make, sent
 @pytest.mark.usefixtures("undecoded")
 def test_a_network_that_is_not_there_yet_cannot_be_averaged(images, tmp_path):
     run = trainer(tmp_path, callbacks=[callbacks.WeightAveraging()], enable_checkpointing=False)
-    with pytest.raises(PandaError, match="DeepSVDD makes its network when it knows its images"):
+    with pytest.raises(PandaError, match="DeepSVDD makes its network only when it knows its images"):
         run.fit(DeepSVDD(pretrain_epochs=1), data(images / "all"))
 
 
@@ -369,7 +369,7 @@ def test_a_network_that_is_not_there_yet_cannot_be_averaged(images, tmp_path):
 @pytest.mark.usefixtures("undecoded")
 def test_nothing_to_score_is_refused(images, tmp_path, verb, name):
     run = trainer(tmp_path, **{f"limit_{name}_batches": 0})
-    with pytest.raises(PandaError, match=f"limit_{name}_batches=0 leaves nothing to {verb}"):
+    with pytest.raises(PandaError, match=f"limit_{name}_batches=0 leaves no batches to {verb}"):
         getattr(run, verb)(panda(), data(images / "all"))
 
 
@@ -385,7 +385,7 @@ def test_nothing_to_score_is_refused(images, tmp_path, verb, name):
             "StochasticWeightAveraging resets BatchNorm",
         ),
         (["--trainer.val_check_interval=9"], "val_check_interval=9 is more than the 3 batches"),
-        (["--trainer.limit_val_batches=.1"], "limit_val_batches=0.1 of 4 batches is none"),
+        (["--trainer.limit_val_batches=.1"], "limit_val_batches=0.1 of 4 batches leaves none"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -422,8 +422,8 @@ def test_where_test_labels_choose_the_epoch_it_is_said(images, tmp_path, caplog,
     callback = make(tmp_path)
     with caplog.at_level("INFO"):
         run = fitted(images, tmp_path, callback)
-    sentence = f"{type(callback).__name__} watches val/auroc: test labels then choose the epoch"
-    assert caplog.text.count("oracle's") == caplog.text.count(sentence) == says
+    sentence = f"{type(callback).__name__} monitors val/auroc: test labels then choose the epoch"
+    assert caplog.text.count("an oracle result") == caplog.text.count(sentence) == says
     stopped = isinstance(callback, callbacks.EarlyStopping) and says
     assert run.curve.epochs == ([0, 1] if stopped else [0, 1, 2])
     for path in [run.last, *tmp_path.glob("best/*.ckpt")]:

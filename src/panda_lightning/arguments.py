@@ -120,8 +120,10 @@ def _allowed(value: Any, hint: Any) -> bool:
         return any(_allowed(value, part) for part in parts)
     if kind is Literal:
         return any(value is part or (type(value) is type(part) and value == part) for part in parts)
-    if kind is tuple:  # of any length
-        return isinstance(value, list | tuple) and len(value) > 0 and all(_allowed(v, parts[0]) for v in value)
+    if kind is tuple:
+        if not isinstance(value, list | tuple) or not value or (parts[-1] is not ... and len(value) != len(parts)):
+            return False
+        return all(_allowed(v, parts[0]) for v in value)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
@@ -141,7 +143,8 @@ def _words(hint: Any) -> str:
     if kind is Literal:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
     if kind is tuple:
-        return f"one or more values, each {_words(parts[0])}"
+        count = "one or more" if parts[-1] is ... else len(parts)
+        return f"{count} values, each {_words(parts[0])}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null (None)"}
     return names.get(hint, getattr(kind or hint, "__name__", str(hint)))
 

@@ -9,11 +9,11 @@ from torch import Tensor
 class Batch(TypedDict):
     """Images of one step, the only thing data modules and detectors share.
 
-    Shapes: image (B, 3, H, W) uint8, resized but not normalised, or what the frozen layers made of it once,
-    (B, C, h, w) or (B, N, C) floating point; label (B,) int64, 1 = anomalous; index (B,) int64, the image's place in
-    its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; from data sets with
-    masks alone, mask (B, H, W) bool, True = anomalous pixel, and has_mask (B,) bool, False for an anomalous image
-    whose mask is missing; of loose pictures, unreadable: for each the reason why it could not be read, or "".
+    Shapes: image (B, 3, H, W) uint8, of one size in a batch, resized but not normalised, or what the frozen layers made
+    of it once, (B, C, h, w) or (B, N, C) floating point; label (B,) int64, 1 = anomalous; index (B,) int64, the image's
+    place in its data set, or -1 for a repeat that only fills up a distributed batch and counts for nothing; from data
+    sets with masks alone, mask (B, H, W) bool, True = anomalous pixel, and has_mask (B,) bool, False for an anomalous
+    image whose mask is missing; of loose pictures, unreadable: for each the reason why it could not be read, or "".
     """
 
     image: Tensor

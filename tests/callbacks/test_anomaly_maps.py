@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from PIL import Image
 
-from panda_lightning import SPADE
+from panda_lightning import SPADE, AutoWandbLogger, ImageFolder, PatchCore
 from panda_lightning.callbacks import anomaly_maps
+from panda_lightning.types import Scores
 from tests.callbacks.test_media import inspect
-from tests.conftest import fast
+from tests.conftest import fast, make_mixed
 from tests.datamodules.official import make_mvtec
 from tests.detectors.test_segmentation import mvtec, trainer
 
@@ -16,7 +19,8 @@ def test_the_worst_come_first_and_are_what_was_scored(tmp_path, monkeypatch):
     monkeypatch.setattr(anomaly_maps.AnomalyMaps, "ROWS", 3)
     detector, module = SPADE("panda_tiny", k=2), mvtec(tmp_path)
     trainer(tmp_path).test(detector, module, verbose=False)
-    ((panels, value_range, threshold),) = shown
+    ((panels, value_range, threshold, title),) = shown
+    assert title == "MVTecAD, bottle, normal: good, SPADE, panda_tiny"
     maps = torch.cat([detector.predict_step(b, 0)["map"] for b in module.test_dataloader()])
     masks = torch.cat([b["mask"] for b in module.test_dataloader()])
     inside = [float(m[mask].mean()) for m, mask in zip(maps[:4], masks[:4], strict=True)]  # broken sorts before good
@@ -28,9 +32,21 @@ def test_the_worst_come_first_and_are_what_was_scored(tmp_path, monkeypatch):
         np.testing.assert_allclose(panel.map, maps[i], rtol=1e-4)
         np.testing.assert_array_equal(panel.mask, masks[i])
         assert panel.anomalous == (i < 4)
-        assert panel.title.endswith(f"score {scores[i]:.4g}")
+        assert panel.title.split("\n")[1].startswith(f"score {scores[i]:.4g}")
     assert value_range == pytest.approx((float(maps.min()), float(maps.max())), rel=1e-4)
     assert threshold == detector.pixel_metrics.threshold
+
+
+def test_an_image_is_called_a_miss_only_where_it_is_one():
+    scores = Scores(torch.arange(5), torch.tensor([1.0, 2.0, 3.0, 4.0, 4.0]), torch.tensor([0, 1, 0, 1, 0]))
+    said = [anomaly_maps.verdict(float(s), bool(y), scores) for s, y in zip(scores.score, scores.label, strict=True)]
+    assert said == [
+        "score 1",
+        "score 2, missed: 2 of 3 normal images score higher",
+        "score 3, false alarm: 1 of 2 anomalous images score lower",
+        "score 4",
+        "score 4, false alarm: 1 of 2 anomalous images score lower",
+    ]
 
 
 def test_wandb_gets_images_with_their_masks(run, workdir):
@@ -45,3 +61,14 @@ def test_wandb_gets_images_with_their_masks(run, workdir):
     (path,) = (workdir / "runs/wandb").glob("offline-run-*/*.wandb")
     assert "images/maps" in str(inspect(path))
     assert list(path.parent.rglob("*.mask.png"))
+
+
+def test_wandb_gets_images_of_several_sizes_as_one(workdir, caplog):
+    make_mixed(workdir / "images")
+    options = {"normal_class": "spot", "crop": "none", "image_size": 32}
+    data = ImageFolder(root=str(workdir / "images"), **options)
+    run = pl.Trainer(accelerator="cpu", logger=AutoWandbLogger(save_dir="runs"), enable_progress_bar=False)
+    run.test(PatchCore("panda_tiny", coreset=0.5), data, verbose=False)
+    assert "Images sizes do not match" not in caplog.text  # which W&B says of a list
+    files = list((workdir / "runs").rglob("media/images/images/*.png"))
+    assert {Image.open(file).size for file in files} == {(64, 45)}  # of 32 x 32, 64 x 32 and 32 x 45

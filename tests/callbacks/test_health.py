@@ -32,11 +32,11 @@ class Clock(pl.Callback):
 @pytest.mark.parametrize(
     ("epochs", "options", "line"),
     [
-        (4, {}, "An epoch takes 35 s with its validation: about 2 min for the 3 that remain."),
-        (3, {}, "An epoch takes 35 s with its validation: about 70 s for the 2 that remain."),
-        (4, {"limit_val_batches": 0}, "An epoch takes 30 s: about 2 min for the 3 that remain."),
-        (5, {"check_val_every_n_epoch": 2}, "An epoch takes 32 s with its validation: about 2 min for the 3"),
-        (4, {"val_check_interval": 1}, "An epoch takes 45 s with its validation: about 2 min for the 3"),
+        (4, {}, "An epoch takes 35 s with its validation: about 2 min for the remaining 3."),
+        (3, {}, "An epoch takes 35 s with its validation: about 70 s for the remaining 2."),
+        (4, {"limit_val_batches": 0}, "An epoch takes 30 s: about 2 min for the remaining 3."),
+        (5, {"check_val_every_n_epoch": 2}, "An epoch takes 32 s with its validation: about 2 min for the remaining 3"),
+        (4, {"val_check_interval": 1}, "An epoch takes 45 s with its validation: about 2 min for the remaining 3"),
         (4, {"enable_progress_bar": True}, "\nAn epoch takes 35 s"),
         (2, {}, None),  # one is left
         (1, {}, None),
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_tells_its_own_rest(tmp_path, folder, monkeypatch, ca
     with caplog.at_level("INFO"):
         run = trainer(tmp_path, 6, callbacks=[clock])
         run.fit(PANDA("panda_tiny", ewc_weight=0), data(folder), ckpt_path=tmp_path / "a.ckpt")
-    assert "An epoch takes 35 min with its validation: about 2 h 20 min for the 4 that remain." in caplog.text
+    assert "An epoch takes 35 min with its validation: about 2 h 20 min for the remaining 4." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def moved_nothing(folder, detector, module, epochs=2, ckpt_path=None, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(detector, module, ckpt_path=ckpt_path)
-    return [str(w.message) for w in caught if "moved nothing" in str(w.message)], run
+    return [str(w.message) for w in caught if "changed almost nothing" in str(w.message)], run
 
 
 def digits(normal=9):
@@ -114,9 +114,9 @@ def test_digits_stay_where_they_are_at_published_steps_but_not_in_the_demo(tmp_p
     before = detector.compactness_before
     if still:
         assert said[0] == (
-            f"Training moved nothing: compactness {detector.compactness():.4g} after {before:.4g}, "
-            f"{detector.steps_trained} steps with gradients clipped to 0.001: train more epochs, or raise "
-            "model.grad_clip or model.lr."
+            f"Training changed almost nothing: compactness is {detector.compactness():.4g} after "
+            f"{detector.steps_trained} steps and was {before:.4g} before, with gradients clipped to 0.001: train more "
+            "epochs, or raise model.grad_clip or model.lr."
         )
     else:
         assert detector.compactness() < 0.97 * before

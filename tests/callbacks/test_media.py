@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,11 @@ def test_an_offline_run_holds_what_runs_are_compared_by(offline_run):
     assert len(captions) == 8
     for caption in captions:
         assert re.fullmatch(r"(anomalous|normal), score [\d.e+]+; nearest: (\d{3}\.png \([\d.e+]+\)(, )?){3}", caption)
+
+
+def test_a_folder_without_test_images_has_no_pictures(run, workdir):
+    folder = make_folder(workdir / "images")
+    shutil.rmtree(folder / "test")
+    words = [w for w in fast(folder, model="DN2") if "trainer.logger" not in w]
+    run("test", *words, "--trainer.logger=AutoWandbLogger")
+    assert list(workdir.glob("**/last.ckpt"))

@@ -6,7 +6,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from sklearn.metrics import roc_auc_score
 
 from panda_lightning import PANDA, ImageFolder, PandaError, SampleWiseEarlyStopping
-from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.gathering import gather
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplo
     whole = SampleWiseEarlyStopping(keep_snapshots=True)
     caplog.set_level("INFO")
     trainer(tmp_path, 3, whole, checkpoint(tmp_path / "whole")).fit(PANDA("panda_tiny", **settings), data(folder))
-    assert "SES keeps" in caplog.text
+    assert "SES saves" in caplog.text
     assert len(list((tmp_path / "whole/ck/ses").glob("*/*.ckpt"))) == 4
 
     part, resumed = (SampleWiseEarlyStopping(keep_snapshots=True) for _ in range(2))

@@ -77,8 +77,10 @@ def read(tmp_path, content):
 
 
 def refused(tmp_path, content, reason):
-    start = r"cifar-10-batches-py/test_batch is not as it is in https://\S+cifar-10-python.tar.gz \("
-    with pytest.raises(PandaError, match=rf"{start}{reason}.*\): remove \S+batches-py, and unpack the archive anew\.$"):
+    start = r"cifar-10-batches-py/test_batch differs from the file in https://\S+cifar-10-python.tar.gz \("
+    with pytest.raises(
+        PandaError, match=rf"{start}{reason}.*\): remove \S+batches-py, and unpack the archive again\.$"
+    ):
         read(tmp_path, content)
 
 

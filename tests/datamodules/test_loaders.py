@@ -1,8 +1,15 @@
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
+from panda_lightning import ImageFolder
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
+from panda_lightning.pictures.images import GAP, as_is
+from panda_lightning.pictures.loose import LooseDataset, pointed_at
 
 
 class Rows(Dataset):
@@ -37,6 +44,18 @@ def test_rows_are_dealt_like_cards(size, world):
         samplers = [ShardedSampler(size, world, rank, shuffle, seed=5) for rank in range(world)]
         assert [list(sampler) for sampler in samplers] == hands
         assert [len(sampler) for sampler in samplers] == [len(hand) for hand in hands]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_million_rows_are_no_million_numbers(shuffle):
+    tracemalloc.start()
+    rows = iter(ShardedSampler(1_000_000, 2, 1, shuffle))
+    first = [next(rows) for _ in range(5000)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(first)) == 5000
+    assert peak < 2**20  # bytes beside the tensor of the order, which takes 8 a row
+    assert len(first) + sum(1 for _ in rows) == 500_000
 
 
 def test_no_two_epochs_of_any_two_seeds_have_one_order():
@@ -117,9 +136,89 @@ def test_the_epoch_may_be_set_after_the_iterator_was_made():
     assert loader().state_dict() == {"epoch": 0, "done": 0}
 
 
+KINDS = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_each_step_of_all_processes_has_images_of_one_size(world, shuffle):
+    def steps(world, epoch):
+        samplers = [ShardedSampler(11, world, rank, shuffle, 3, KINDS, 4 // world) for rank in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        hands = [list(sampler) for sampler in samplers]
+        assert {len(hand) for hand in hands} == {len(sampler) for sampler in samplers}
+        whole = [torch.tensor(hand).view(-1, 4 // world) for hand in hands]
+        return torch.stack(whole, dim=2).flatten(1)  # a step's rows of all processes, as they were dealt
+
+    orders = [steps(world, epoch) for epoch in range(4)]
+    for epoch, order in enumerate(orders):
+        assert sorted(order[order >= 0].tolist()) == list(range(11))
+        for step in order:
+            assert len(set(KINDS[step[step >= 0]].tolist())) == 1
+            rows = (step != GAP).view(-1, world)
+            assert (rows.all(dim=1) | ~rows.any(dim=1)).all()  # every process has as many rows
+        alone = steps(1, epoch)
+        assert torch.equal(torch.where(order < 0, -1, order), torch.where(alone < 0, -1, alone))
+    assert (len({str(order.tolist()) for order in orders}) == 4) == shuffle
+
+
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1)])
+def test_a_loader_of_several_sizes_goes_on_where_another_stopped(world, rank):
+    def make():
+        sampler = ShardedSampler(11, world, rank, shuffle=True, seed=3, kinds=KINDS, batch=4 // world)
+        found = ResumableLoader(Rows(), batch_size=4 // world, sampler=sampler)
+        sampler.set_epoch(2)
+        return found
+
+    expected = drawn(make())
+    assert len(expected) == len(make()) == 4
+    for done in range(4):
+        rest = make()
+        rest.load_state_dict({"epoch": 2, "done": done})
+        assert drawn(rest) == expected[done:]
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_of_no_images_each_process_gets_one_filler(world):
     for rank in range(world):
         sampler = ShardedSampler(0, world, rank, shuffle=False)
         assert list(sampler) == [-1]
         assert len(sampler) == 1
+
+
+@pytest.fixture
+def from_disk(folder, tmp_path):
+    """Loaders whose images stay on disk, by name; each call makes new ones."""
+    np.save(tmp_path / "clouds.npy", np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8))
+    for file in sorted((folder / "test/stripe").iterdir()):
+        mask = folder / f"ground_truth/stripe/{file.stem}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 40), 255).save(mask)
+
+    def make(workers):
+        data = ImageFolder(
+            str(folder), normal_class="spot", image_size=32, batch_size=4, eval_batch_size=4, memory_gb=0,
+            num_workers=workers, outliers=str(tmp_path / "clouds.npy"),
+        )  # fmt: skip
+        loose = LooseDataset(pointed_at(folder / "test"), data.view, threads=not workers)
+        combined = data.train_dataloader()
+        return combined.iterables | {
+            "test": data.test_dataloader(),
+            "loose": DataLoader(loose, batch_size=4, collate_fn=as_is, num_workers=workers),
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["normal", "outlier", "test", "loose"])
+def test_workers_that_are_started_anew_give_the_same_batches(from_disk, name):
+    wanted, spawned = list(from_disk(0)[name]), from_disk(1)[name]
+    spawned.multiprocessing_context = "spawn"  # the only way on Windows, and the default of macOS
+    found = list(spawned)
+    assert len(found) == len(wanted) >= 3
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            assert torch.equal(one[key], value) if isinstance(value, torch.Tensor) else one[key] == value
+    assert ("mask" in found[-1]) == (name == "test")

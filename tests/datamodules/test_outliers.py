@@ -12,7 +12,7 @@ from panda_lightning import PandaError
 from panda_lightning.datamodules import CIFAR10, Digits, ImageFolder, outliers
 from panda_lightning.datamodules.base import Images
 from panda_lightning.datamodules.outliers import apart_from, likeness, read_outliers
-from panda_lightning.pictures.reading import look
+from panda_lightning.pictures.looking import look
 from tests.datamodules.official import make_cifar10
 
 DATASETS = {"CIFAR10": CIFAR10, "Digits": Digits}
@@ -48,7 +48,7 @@ def test_what_is_none_is_refused(tmp_path):
         with pytest.raises(PandaError, match=rf"outliers=.*{name}.npy cannot be read \(.*expected uint8"):
             read_outliers(str(tmp_path / f"{name}.npy"), DATASETS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PandaError, match="holds no images"):
+    with pytest.raises(PandaError, match="has no images"):
         read_outliers(str(tmp_path / "empty"), DATASETS)
 
 
@@ -172,7 +172,7 @@ def test_the_data_module_hands_them_out_filtered_and_counted(folder, caplog):
     data.setup("fit")
     with caplog.at_level("INFO"):
         loader = data.outlier_dataloader()
-    assert "13 of 22 outliers are test images, or nearly, and are left out" in caplog.text
+    assert "13 of 22 outliers are test images or near duplicates of them, and are left out" in caplog.text
     assert [Path(p).name for p in loader.dataset.images.sources] == [f"{n}.png" for n in range(9)]
     batches = list(loader)
     assert batches[0]["image"].shape == (4, 3, 32, 32)
@@ -182,7 +182,7 @@ def test_the_data_module_hands_them_out_filtered_and_counted(folder, caplog):
 def test_where_all_are_test_images_others_are_asked_for(folder):
     data = ImageFolder(root=str(folder), normal_class="spot", outliers=str(folder / "test"))
     data.setup("fit")
-    with pytest.raises(PandaError, match="holds no images besides test images: name others"):
+    with pytest.raises(PandaError, match="all images of data.outliers are test images: give other images"):
         data.outlier_dataloader()
 
 

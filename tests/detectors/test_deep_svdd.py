@@ -4,6 +4,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from panda_lightning import DeepSVDD, PandaError
+from panda_lightning.callbacks import Report
 from tests.detectors.test_panda import data, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +106,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, stop):
 def test_what_does_not_fit_is_said(folder, tmp_path):
     with pytest.raises(PandaError, match="image_size=40 does not suit network=auto: choose 28"):
         trainer(tmp_path).fit(DeepSVDD(), data(folder, image_size=40))
-    with pytest.warns(UserWarning, match="max_epochs=1 end within the autoencoder's 350"):
+    with pytest.warns(UserWarning, match="max_epochs=1 only trains the autoencoder .pretrain_epochs=350"):
         trainer(tmp_path, epochs=1).fit(DeepSVDD(), data(folder))
 
 
@@ -129,3 +130,15 @@ def test_collapse_to_a_point_is_an_alarm(folder, tmp_path, recwarn, place, sprea
     said = [str(w.message) for w in recwarn if "collapsed" in str(w.message)]
     assert len(said) == (alarm is not None)
     assert alarm is None or alarm in said[0]
+
+
+def test_the_autoencoders_auroc_is_not_deep_svdds(folder, tmp_path, capsys):
+    """Scores of the two mean different things: the best epoch is one of Deep SVDD's, and its curve begins there."""
+    run = trainer(tmp_path, epochs=4)
+    run.fit(DeepSVDD(pretrain_epochs=2, lr=1e-3), data(folder))
+    rows = next(c for c in run.callbacks if isinstance(c, Report)).rows
+    names = [[key for key in row if key.startswith("val/auroc")] for row in rows]
+    assert names == [["val/auroc_autoencoder"]] * 2 + [["val/auroc"]] * 2
+    aurocs = [row["val/auroc"] for row in rows[2:]]
+    told = f"AUROC {aurocs[1]:.4f} after 4 epochs, {aurocs[0]:.4f} after 3 (best epoch by test labels, oracle: "
+    assert f"{told}{max(aurocs):.4f})" in capsys.readouterr().out

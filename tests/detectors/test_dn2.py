@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -6,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from panda_lightning import DN2, Backbone, ImageFolder, PandaError
+from panda_lightning.detectors import checks
 
 
 def trainer(tmp_path, **options):
@@ -49,7 +52,7 @@ def test_centroids_stand_for_the_bank(tmp_path, folder):
     bank, queries = features(module.normal_dataloader()), features(module.test_dataloader())
     assert len(detector.index) == 4
     assert detector.bank.shape == (11, 256)  # which stays: another number of centroids needs no images
-    nearest = np.linalg.norm(bank[:, None] - detector.index._bank.numpy() - detector.index._mean.numpy(), axis=2)
+    nearest = np.linalg.norm(bank[:, None] - detector.entries().numpy(), axis=2)
     members = nearest.argmin(axis=1)
     centres = np.stack([bank[members == c].mean(axis=0) for c in range(4)])  # k-means: each the mean of its images
     expected = ((queries[:, None] - centres[None]) ** 2).sum(axis=2).min(axis=1)
@@ -102,3 +105,32 @@ def test_scores_that_are_no_numbers_end_the_run(tmp_path, folder):
 
     with pytest.raises(PandaError, match="13 of 13 anomaly scores are NaN or infinite"):
         trainer(tmp_path).test(Broken("panda_tiny"), data(folder))
+
+
+def test_a_bank_that_does_not_fit_is_refused_before_images_are_decoded(tmp_path, folder, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    one = 8 * 256  # bytes of an image in bank and index
+
+    def tested(memory, **options):
+        monkeypatch.setattr(checks, "memory_of", lambda device: memory)
+        caplog.clear()
+        detector = DN2("panda_tiny", **options)
+        trainer(tmp_path).test(detector, data(folder), verbose=False)
+        return detector
+
+    said = "the bank of 11 normal images with 256 features"
+    for options, cure in (({}, r", or model\.shard_bank=true with more processes\."), ({"centroids": 4}, r"\.")):
+        with pytest.raises(
+            PandaError, match=rf"{said} takes 22\.0 KiB on cpu .* 8\.0 KiB .* data\.train_limit=4{cure}$"
+        ):
+            tested((4 * one, 1000 * one), **options)
+        assert "decoded" not in caplog.text
+    with pytest.raises(PandaError, match=r"but 0 bytes are free: set a smaller data\.train_limit"):
+        tested((0, 1000 * one))
+    detector = tested((11 * one, 109 * one))
+    assert f"DN2: {said} will take 22.0 KiB of the" in caplog.text
+    for memory in ((11 * one, 110 * one), None):
+        tested(memory)
+        assert "will take" not in caplog.text
+    monkeypatch.setattr(checks, "memory_of", lambda device: (0, 1))
+    trainer(tmp_path).test(detector, data(folder), verbose=False)  # which has its bank

@@ -17,7 +17,7 @@ from panda_lightning import PANDA, Backbone, ImageFolder, PandaError
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.formulas import fisher
 from panda_lightning.networks.loading import BUNDLED
-from tests.conftest import make_folder, picture
+from tests.conftest import make_folder, picture, small_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,7 +169,7 @@ def test_auto_takes_the_fisher_that_lies_beside_the_bundled_weights(tmp_path, fo
     detector = PANDA("panda_tiny")
     with caplog.at_level("INFO"):
         trainer(tmp_path, epochs=1).fit(detector, data(folder))
-    assert "the diagonal that came with the weights" in caplog.text
+    assert "using the diagonal stored with the weights" in caplog.text
     beside = Path(detector.backbone.fisher_file)
     assert beside.parent.name == "panda_tiny"
     assert (beside.stat().st_size + (beside.parent / "model.safetensors").stat().st_size) < 6e6
@@ -192,7 +192,7 @@ def test_an_estimated_fisher_is_kept_and_found_again(tmp_path, folder, monkeypat
     first = PANDA(f"local-dir:{bare}")
     with caplog.at_level("INFO"):
         trainer(tmp_path).fit(first, data(folder))
-    assert "the paper takes ImageNet" in caplog.text
+    assert "the paper uses ImageNet" in caplog.text
     (_,) = (tmp_path / "cache/panda-lightning/fisher").iterdir()
     monkeypatch.setattr(fisher, "estimate", lambda *a, **k: pytest.fail("estimated again"))
     second = PANDA(f"local-dir:{bare}")
@@ -200,9 +200,18 @@ def test_an_estimated_fisher_is_kept_and_found_again(tmp_path, folder, monkeypat
     assert all(torch.equal(first.fisher[name], second.fisher[name]) for name in first.fisher)
 
 
-def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder):
+@pytest.mark.parametrize("adapt", ["stages", "norm", "lora"])
+@pytest.mark.parametrize("network", ["panda_tiny", "vit", "eva"])
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder, network, adapt, one_thread):
+    if network == "panda_tiny" and adapt == "lora":
+        pytest.skip("a ResNet has no linear layers")
+    backbone = network if network == "panda_tiny" else small_network(tmp_path / "net", network)
+
+    def new():
+        return PANDA(backbone, grad_clip=10.0, adapt=adapt, lora_rank=2, ewc_weight=1.0)
+
     whole = Curve()
-    undisturbed = PANDA("panda_tiny", grad_clip=10.0)
+    undisturbed = new()
     trainer(tmp_path, epochs=4, callbacks=[whole]).fit(undisturbed, data(folder))
 
     def save(epochs):
@@ -210,8 +219,8 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder):
 
     first, second = Curve(), Curve()
     options = {"enable_checkpointing": True}
-    trainer(tmp_path, 2, callbacks=[first, save(2)], **options).fit(PANDA("panda_tiny", grad_clip=10.0), data(folder))
-    resumed = PANDA("panda_tiny", grad_clip=10.0)
+    trainer(tmp_path, 2, callbacks=[first, save(2)], **options).fit(new(), data(folder))
+    resumed = new()
     path = tmp_path / "ck/last.ckpt"
     trainer(tmp_path, 4, callbacks=[second, save(4)], **options).fit(resumed, data(folder), ckpt_path=path)
     points = first.points + second.points
@@ -222,6 +231,15 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, folder):
     for name, p in undisturbed.backbone.adapted().items():
         torch.testing.assert_close(resumed.backbone.adapted()[name], p, rtol=1e-6, atol=1e-9)
     assert torch.equal(resumed.centre, undisturbed.centre)
+    assert undisturbed.trainer.callback_metrics["train/ewc"] > 0
+    assert whole.points[-1][2].tolist() != whole.points[0][2].tolist()
+    again = PANDA.load_from_checkpoint(path)
+    trainer(tmp_path).test(again, data(folder), verbose=False)
+    torch.testing.assert_close(again.scores.score, resumed.scores.score, rtol=1e-5, atol=0)
+    other = Backbone.pretrained(str(path))  # whatever was trained, its network is one by plain names
+    with torch.no_grad():
+        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        torch.testing.assert_close(other(images), again.backbone(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_needs_neither_training_images_nor_weights(tmp_path):
@@ -298,46 +316,49 @@ def test_the_published_recipe_is_the_default():
         "centroids": None, "normalize_loss": False, "ewc_weight": 1e4, "fisher": "auto", "lr": 1e-2, "momentum": 0.9,
         "weight_decay": 5e-5, "grad_clip": 1e-3, "prefix_cache_gb": 4.0, "prefix_cache_half": False,
         "prefix_cache_dir": None, "optimize": "folded", "index_backend": "auto", "index_memory_mb": 512,
-        "shard_bank": False,
+        "shard_bank": False, "pool": None, "adapt": "stages", "lora_rank": 8,
     }  # fmt: skip
 
 
-class CountsPrefix(pl.Callback):
-    """Counts the images that pass the frozen layers."""
+class CountsImages(pl.Callback):
+    """Counts the images that enter the network."""
 
     def __init__(self, monkeypatch):
         self.images = 0
-        original = Backbone._prefix
+        original = Backbone.normalized
 
         def counting(backbone, images):
             self.images += len(images)
             return original(backbone, images)
 
-        monkeypatch.setattr(Backbone, "_prefix", counting)
+        monkeypatch.setattr(Backbone, "normalized", counting)
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache_half": True}])
-def test_frozen_layers_see_every_image_once_and_change_no_score(tmp_path, folder, monkeypatch, options):
+@pytest.mark.parametrize("network", ["panda_tiny", "vit", "eva"])
+def test_frozen_layers_see_every_image_once_and_change_no_score(tmp_path, folder, monkeypatch, network, options):
+    backbone = network if network == "panda_tiny" else small_network(tmp_path / "net", network)
     plain, cached = Curve(), Curve()
-    settings = {"ewc_weight": 0, "grad_clip": 10.0}
-    off = PANDA("panda_tiny", prefix_cache_gb=0, **settings)
+    settings = {"ewc_weight": 0, "grad_clip": 10.0 if network == "panda_tiny" else 0.1}
+    off = PANDA(backbone, prefix_cache_gb=0, **settings)
     trainer(tmp_path, 3, callbacks=[plain]).fit(off, data(folder))
-    count = CountsPrefix(monkeypatch)
-    trainer(tmp_path, 3, callbacks=[cached]).fit(PANDA("panda_tiny", **settings, **options), data(folder))
-    assert count.images == 11 + 13 + 2  # and one image of each data set to learn the size
+    count = CountsImages(monkeypatch)
+    trainer(tmp_path, 3, callbacks=[cached]).fit(PANDA(backbone, **settings, **options), data(folder))
+    seen = count.images
+    assert seen == 11 + 13 + 2  # and one image of each data set to learn the size
     for (x, auroc, scores), (y, expected, reference) in zip(cached.points, plain.points, strict=True):
         assert (x, auroc) == (y, expected)
         torch.testing.assert_close(scores, reference, rtol=2e-2 if options else 1e-5, atol=0)
 
 
 def test_what_exceeds_the_cache_steps_aside_and_says_so(tmp_path, folder, monkeypatch, caplog):
-    count = CountsPrefix(monkeypatch)
+    count = CountsImages(monkeypatch)
     one = Backbone.pretrained("panda_tiny").prefix(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).numel() * 4
     count.images = 0
     detector = PANDA("panda_tiny", ewc_weight=0, prefix_cache_gb=12 * one / 2**30)  # room for the 11, not for the 13
     with caplog.at_level("INFO"):
         trainer(tmp_path, 1).fit(detector, data(folder))
-    assert "output of 11 images is kept" in caplog.text
+    assert "output of 11 images is cached" in caplog.text
     assert "output of 13 images would take" in caplog.text
     assert count.images == 11 + 2 + 2 * 13  # test images: at 0 and 1 epochs
 
@@ -348,7 +369,7 @@ def test_the_cache_on_disk_is_found_again_by_the_same_images_only(tmp_path, fold
     written.prefix_cache_dir = found.prefix_cache_dir = str(cache)
     trainer(tmp_path, 2).fit(in_memory, data(folder))
     trainer(tmp_path, 2).fit(written, data(folder))
-    count = CountsPrefix(monkeypatch)
+    count = CountsImages(monkeypatch)
     with caplog.at_level("INFO"):
         trainer(tmp_path, 2).fit(found, data(folder))
     assert count.images == 2  # one of each data set to learn the size
@@ -418,7 +439,7 @@ def test_a_full_disk_is_no_place_for_the_cache(tmp_path, folder, monkeypatch, ca
     detector = PANDA("panda_tiny", ewc_weight=0, prefix_cache_dir=str(tmp_path / "cache"))
     with caplog.at_level("INFO"):
         trainer(tmp_path, 1).fit(detector, data(folder))
-    assert "more than is free in prefix_cache_dir (0.0)" in caplog.text
+    assert "more than is free in prefix_cache_dir (1000 bytes)" in caplog.text
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -69,7 +69,7 @@ def test_no_more_outliers_are_read_than_the_steps_take(folder, tmp_path, many, c
     caplog.set_level(logging.INFO)
     module = data(folder, outliers=many)
     trainer(tmp_path, epochs=1).fit(PANDAOE("panda_tiny"), module)
-    assert "12 of 40 outliers are as many as this run's steps take" in caplog.text
+    assert "This run's steps need only 12 of 40 outliers" in caplog.text
     assert len(module.decoded["outlier"][1].pixels) == 12
     trainer(tmp_path / "long", epochs=4).fit(PANDAOE("panda_tiny"), module)
     assert len(module.decoded["outlier"][1].pixels) == 40
@@ -101,6 +101,6 @@ def test_the_score_is_the_logit_also_from_a_checkpoint(folder, tmp_path, many):
 def test_outliers_are_asked_for_and_refused_in_a_sentence(folder, tmp_path, many):
     with pytest.raises(PandaError, match=r"outlier exposure needs images .* set data.outliers"):
         trainer(tmp_path).fit(PANDAOE("panda_tiny"), data(folder))
-    with pytest.raises(PandaError, match=r"would be ignored, for PANDA-EWC learns from normal images alone"):
+    with pytest.raises(PandaError, match=r"would be ignored, because PANDA-EWC learns only from normal images"):
         trainer(tmp_path).fit(PANDA("panda_tiny"), data(folder, outliers=many))
     trainer(tmp_path).test(DN2("panda_tiny"), data(folder, outliers=many), verbose=False)  # scoring needs none

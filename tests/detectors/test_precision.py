@@ -93,3 +93,18 @@ def test_weights_trained_in_half_precision_are_kept_as_float32(tmp_path):
     assert torch.equal(trained, trained.bfloat16().float())
     trainer(tmp_path).test(detector, digits(), verbose=False)
     assert {p.dtype for p in detector.parameters()} == {torch.float32}
+
+
+def test_a_step_whose_gradients_overflow_counts_in_no_mean(monkeypatch):
+    detector = PANDA("panda_tiny")
+    detector.load_backbone()
+    logged = []
+    monkeypatch.setattr(
+        detector, "log", lambda name, value, **how: logged.append((float(value), int(how["batch_size"])))
+    )
+    for gradient in (1.0, torch.inf):
+        for p in detector.trained():
+            p.grad = torch.full_like(p, gradient)
+        detector.configure_gradient_clipping(None)
+    count = sum(p.numel() for p in detector.trained())
+    assert logged == [(pytest.approx(count**0.5), 1), (0.0, 0)]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from panda_lightning import DN2, OCSVM, PANDA, SPADE, ImageFolder, PandaError, PatchCore, UnlabelledImages
+from panda_lightning import DN2, PANDA, ImageFolder, PandaError, UnlabelledImages
 from tests.conftest import make_clouds, make_folder
 from tests.test_any_order import DETECTORS, trainer
+from tests.windows import WINDOWS
 
 
 def images(folder, **options):
@@ -168,7 +169,7 @@ def test_scoring_leaves_the_detector_as_it_was(tmp_path, folder):
 
 @pytest.mark.parametrize("make", [lambda: DN2("panda_tiny"), lambda: PANDA("panda_tiny")])
 def test_a_detector_that_has_learned_nothing_says_so(make, folder):
-    with pytest.raises(PandaError, match="is untrained|knows no normal images yet"):
+    with pytest.raises(PandaError, match="is untrained|has not seen any normal images yet"):
         make().score(folder / "test")
 
 
@@ -213,7 +214,7 @@ def test_tests_and_predictions_compute_as_the_run_did(tmp_path, folder, monkeypa
         np.testing.assert_allclose(again.scores.score, expected, rtol=1e-5)
     whole = PANDA("panda_tiny")
     type(run)(max_epochs=1, **half).fit(whole, data)
-    with pytest.warns(UserWarning, match="precision or weights are others"):
+    with pytest.warns(UserWarning, match="precision or weights have changed"):
         type(run)(**half, precision="bf16-mixed").predict(whole, data)
     assert not next(csv.DictReader((tmp_path / "predictions.csv").open()))["p_value"]
 
@@ -227,156 +228,6 @@ def test_nothing_is_said_of_what_cannot_be_read(tmp_path, folder):
     assert np.isnan(found.maps[1]).all()
     assert set(found.neighbours[1]) == {""}
     assert np.isfinite(found.maps[0]).all()
-
-
-# ---- decisions ----
-
-
-@pytest.mark.parametrize("averaging", [None, "EMAWeightAveraging", "WeightAveraging"])
-@pytest.mark.parametrize("validated", [True, False])
-def test_the_calibration_is_of_the_weights_that_are_saved(tmp_path, folder, averaging, validated):
-    from pytorch_lightning import callbacks as c
-
-    more = [] if averaging is None else [getattr(c, averaging)()]
-    run = type(trainer(tmp_path))(
-        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
-        limit_val_batches=1.0 if validated else 0, default_root_dir=tmp_path,
-        callbacks=[*more, c.ModelCheckpoint(tmp_path, filename="last")],
-    )  # fmt: skip
-    data = images(folder, calibration_fraction=0.4)
-    run.fit(PANDA("panda_tiny", lr=0.1, grad_clip=1.0), data)
-    again = PANDA.load_from_checkpoint(tmp_path / "last.ckpt")
-    held = again.score([str(p) for p in data.calibration_images.sources])
-    assert held.calibration == "4 normal images held out"
-    close(again.held_out[0].numpy(), held.score)
-
-
-def test_without_validations_and_bank_there_is_no_calibration(tmp_path, folder):
-    run = type(trainer(tmp_path))(
-        accelerator="cpu", max_epochs=1, logger=False, limit_val_batches=0, default_root_dir=tmp_path
-    )
-    with pytest.raises(PandaError, match="leave trainer.limit_val_batches=0 out"):
-        run.fit(DETECTORS["RotNet"](), images(folder, calibration_fraction=0.4))
-
-
-def test_p_values_are_those_of_the_images_that_were_held_back(tmp_path, folder):
-    detector, data = PANDA("panda_tiny", lr=0.1, grad_clip=1.0), images(folder, calibration_fraction=0.4)
-    learned(detector, data, tmp_path)
-    held = detector.score([str(p) for p in data.calibration_images.sources]).score
-    assert len(held) == 4
-    found = detector.score(folder / "test", alpha=0.4)
-    expected = [(1 + (held >= s).sum()) / 5 for s in found.score]
-    np.testing.assert_array_equal(found.p_value, expected)
-    np.testing.assert_array_equal(found.anomalous, np.array(expected) <= 0.4)
-    assert found.calibration == "4 normal images held out"
-    assert detector.score(folder / "test").anomalous is None  # .05 is not possible with 4
-    detector.k = 5
-    with pytest.warns(UserWarning, match="no p-values: k, normalize, centroids, precision or weights are others"):
-        assert detector.score(folder / "test").p_value is None
-
-
-def test_images_held_back_are_in_nothing_else(tmp_path, folder):
-    data = images(folder, calibration_fraction=0.4)
-    detector = PANDA("panda_tiny", lr=0.1, grad_clip=1.0)
-    learned(detector, data, tmp_path)
-    held = set(data.names(data.calibration_images))
-    assert len(held) == 4
-    assert held.isdisjoint(detector.bank_names)
-    assert held.isdisjoint(data.names(data.normal_dataloader().dataset.images))
-    assert len(detector.bank) == 7
-    for name in held:  # nor does training see them: without them all is the same
-        (folder / name).rename(tmp_path / name.replace("/", "-"))
-    alone = PANDA("panda_tiny", lr=0.1, grad_clip=1.0)
-    learned(alone, images(folder), tmp_path)
-    np.testing.assert_array_equal(alone.scores.score, detector.scores.score)
-
-
-def test_leave_one_out_is_named_approximate_and_for_what_trains_nothing(tmp_path, folder):
-    detector = DN2("panda_tiny")
-    learned(detector, images(folder), tmp_path)
-    found = detector.score(folder / "test")
-    assert found.calibration == "11 normal images leave one out, approximate"
-    bank = detector.bank
-    gaps = (bank[:, None] - bank[None]).square().sum(dim=2).sort(dim=1).values[:, 1:3].sum(dim=1)
-    expected = [(1 + int((gaps >= s).sum())) / 12 for s in found.score]
-    np.testing.assert_allclose(found.p_value, expected)
-    adapted = PANDA("panda_tiny")
-    learned(adapted, images(folder), tmp_path)
-    assert adapted.score(folder / "test").p_value is None
-
-
-@pytest.mark.parametrize("share", [0.05, 0.95])
-def test_a_fraction_that_leaves_too_few_is_refused(tmp_path, folder, share):
-    with pytest.raises(PandaError, match="leaves 2 or more on either side"):
-        learned(DN2("panda_tiny"), images(folder, calibration_fraction=share), tmp_path)
-
-
-def test_an_arrays_images_are_held_back_by_their_rows(tmp_path):
-    from panda_lightning import Digits
-
-    data = Digits(normal_class=3, image_size=32, calibration_fraction=0.5, train_limit=10)
-    train, held = data.names(data.normal_images), data.names(data.calibration_images)
-    assert len(train) == len(held) == 5
-    assert set(train).isdisjoint(held)
-
-
-# ---- why ----
-
-BANKS = {
-    "DN2": lambda: DN2("panda_tiny", k=2),
-    "DN2, normalize": lambda: DN2("panda_tiny", k=6, normalize=True),
-    "SPADE": lambda: SPADE("panda_tiny", k=3),
-    "PatchCore": lambda: PatchCore("panda_tiny", coreset=1.0, neighbours=1),
-    "OC-SVM": lambda: OCSVM(nu=0.9),
-}
-
-
-@pytest.mark.parametrize("name", BANKS)
-def test_without_the_nearest_the_score_is_what_the_list_foretells(tmp_path, folder, name):
-    detector = BANKS[name]()
-    learned(detector, images(folder), tmp_path)
-    found = detector.score(folder / "test/stripe/000.png")
-    names, distances = found.neighbours[0], found.distances[0]
-    assert list(distances) == sorted(distances)
-    assert len(set(names)) == len(names) >= 5
-    row = detector.bank_names.index(names[0])
-    if name == "OC-SVM":
-        m = detector.bank
-        place = m["image"].tolist().index(row)
-        term = float(m["alpha"][place] * torch.exp(-m["gamma"] * distances[0] ** 2))
-        kept = torch.arange(len(m["image"])) != place
-        detector.bank = {**m, **{key: m[key][kept] for key in ("support", "alpha", "image")}}
-        foretold = found.score[0] + term
-    elif name == "PatchCore":
-        kept = detector.bank_images != row
-        detector.bank, detector.bank_images = detector.bank[kept], detector.bank_images[kept]
-        foretold = distances[1]  # or more, where another patch is now the farthest
-    else:
-        kept = torch.arange(len(detector.bank)) != row
-        detector.bank = detector.bank[kept]
-        k = detector.k
-        foretold = distances[1 : k + 1].mean() if name == "SPADE" else distances[1 : k + 1].sum()
-    now = detector.score(folder / "test/stripe/000.png").score[0]
-    assert now != pytest.approx(found.score[0], rel=1e-9)
-    if name == "PatchCore":
-        assert now >= foretold * (1 - 1e-5)
-    else:
-        assert now == pytest.approx(foretold, rel=1e-5)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("make", [DN2, PANDA])
-def test_the_parts_of_a_pooled_distance_sum_to_the_score(tmp_path, folder, make, normalize):
-    detector = make("panda_tiny", normalize=normalize, k=3)
-    learned(detector, images(folder, image_size=64), tmp_path)
-    found = detector.score(folder / "test", maps=True)
-    assert found.maps.shape == (13, 64, 64)
-    np.testing.assert_allclose(found.maps.mean(axis=(1, 2)), found.score, rtol=1e-3, atol=1e-3 * found.score.max())
-    assert detector.score(folder / "test").maps is None
-    small = Image.open(folder / "test/stripe/000.png").convert("RGB").resize((64, 64))
-    one = detector.score(small, maps=True).maps[0]
-    other = detector.score(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT), maps=True).maps[0]
-    assert np.abs(one - other[:, ::-1]).max() < 0.6 * np.abs(one).max()  # the map turns with the picture
 
 
 # ---- lightning predict ----
@@ -403,7 +254,7 @@ def test_predict_needs_no_config_and_writes_a_table(run, workdir, folder, caplog
     table = list(csv.DictReader((made / "predictions.csv").open()))
     assert float(table[1]["distance_5"]) == pytest.approx(found.distances[1, 4], rel=1e-5)
     assert "4 normal images held out" in caplog.text
-    assert "at most 20.0% are flagged on average" in caplog.text
+    assert "On average at most 20.0% of new normal images are flagged" in caplog.text
     assert not list(made.glob("predictions.part*"))
 
 
@@ -456,7 +307,7 @@ def test_predict_on_changed_images_starts_anew(run, workdir, folder, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--data.images=nowhere"], "nowhere is no file and no folder"),
+        (["--data.images=nowhere"], "nowhere is not a file or a folder"),
         (["--data.images=empty"], "there are no images in empty"),
         (["--data.images=bad"], "none of the 2 images can be read"),
         (["--data.images=images/test", "--alpha=0"], "alpha"),
@@ -505,7 +356,7 @@ def test_predict_refuses_other_checkpoints(run, workdir, folder, kind, capsys):
         run("predict", "--ckpt_path=last.ckpt", f"--data.images={folder / 'test'}")
     said = f"{stopped.value} {capsys.readouterr().err}"
     expected = {
-        "code": "must hold tensors and primitives alone", "cut": "is broken", "foreign": "has no format number",
+        "code": "may contain only tensors and primitives", "cut": "is broken", "foreign": "has no format number",
         "weights": "required: predict.model", "no bank": "has no bank for its weights", "text": "is broken",
     }  # fmt: skip
     assert expected[kind] in said
@@ -549,6 +400,7 @@ def test_an_attempt_is_taken_up_by_one_run_alone(workdir, folder):
     again.close()
 
 
+@pytest.mark.skipif(WINDOWS, reason="the signal ends a process there at once")
 def test_sigterm_ends_predict_with_its_status(workdir, folder):
     import signal
     import subprocess

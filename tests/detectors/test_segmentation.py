@@ -11,8 +11,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from panda_lightning import SPADE, HyperKvasir, MVTecAD, PandaError, PatchCore
-from tests.conftest import fast, make_folder
+from panda_lightning import SPADE, Backbone, HyperKvasir, MVTecAD, PandaError, PatchCore
+from panda_lightning.networks.pyramid import pyramid
+from tests.conftest import fast, make_folder, small_network
 from tests.datamodules.official import make_mvtec
 from tests.datamodules.official_medical_aerial import make_labeled
 
@@ -91,32 +92,151 @@ def test_maps_are_smoothed_as_by_scipy():
     assert torch.equal(SPADE("panda_tiny", sigma=0.0)._smoothed(maps), maps)
 
 
-def halving(backbone, images, levels, pooled=False):
-    """Stands for a network that sees nothing beyond a pixel: tiles change nothing."""
-    x = images.float()
-    maps = [nn.functional.avg_pool2d(x, 2**level) for level in levels]
-    return [*maps, x.mean(dim=(2, 3))] if pooled else maps
+def convolving(kernel):
+    """Stands for a network: each level is one convolution of the image that sees ``kernel`` x ``kernel`` pixels."""
+    torch.manual_seed(0)
+    layers = {level: nn.Conv2d(3, 4, kernel, 2 << level, kernel // 2) for level in (1, 2, 3)}
+
+    @torch.no_grad()
+    def maps(backbone, images, levels, pooled=False, at_once=None):
+        x = images.float() / 255
+        return [layers[level](x).tanh() for level in levels] + [x.mean(dim=(2, 3))] * pooled
+
+    return maps
 
 
-def test_tiles_are_put_together_where_they_were(monkeypatch):
-    monkeypatch.setattr("panda_lightning.detectors.segmentation.pyramid", halving)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    whole, tiled = SPADE("x"), SPADE("x", tile=16)
-    whole.backbone = tiled.backbone = nn.Identity()
-    for a, b in zip(whole.pyramid(images, pooled=True), tiled.pyramid(images, pooled=True), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.fixture
+def pyramids(monkeypatch):
+    """Maps of whole images and of tiles, by a network that sees ``kernel`` x ``kernel`` pixels."""
+
+    def both(kernel, size, **options):
+        name = "panda_lightning.detectors.segmentation"
+        monkeypatch.setattr(f"{name}.pyramid", convolving(kernel))
+        monkeypatch.setattr(f"{name}.level_strides", lambda backbone, levels: [2 << level for level in levels])
+        torch.manual_seed(1)
+        images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+        found = []
+        for detector in (SPADE("x"), SPADE("x", **options)):
+            detector.backbone = nn.Identity()
+            found.append(detector.pyramid(images, pooled=True))
+        return found
+
+    return both
 
 
-def test_tiles_run(tmp_path):
-    (result,) = trainer(tmp_path).test(SPADE("panda_tiny", k=2, tile=32), mvtec(tmp_path), verbose=False)
+@pytest.mark.parametrize("overlap", [0, 16, 32, 48])
+@pytest.mark.parametrize("size", [(64, 64), (128, 192), (65, 200), (190, 100)])
+def test_tiles_change_nothing_for_a_network_that_sees_single_pixels(pyramids, size, overlap):
+    (*whole, _), (*tiled, _) = pyramids(1, size, tile=64, overlap=overlap)
+    assert [m.shape[2:] for m in tiled] == [(-(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16)]
+    for one, other in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [0, 16, 32])
+def test_inside_tiles_a_convolution_gives_the_map_of_the_whole_image(pyramids, overlap):
+    whole, tiled = pyramids(3, (112, 160), tile=64, overlap=overlap)
+    for one, other, stride in zip(whole, tiled, (4, 8, 16), strict=False):
+        outside = torch.zeros(one.shape[2:], dtype=torch.bool)  # where a tile misses the pixels beside it
+        for dim, length in enumerate((112, 160)):
+            begins = torch.tensor([b for b in {*range(0, length - 64, 64 - overlap), length - 64} if b]) // stride
+            outside.index_fill_(dim, begins, True)
+        near = torch.isclose(one, other, rtol=1e-5, atol=1e-6).all(dim=1).all(dim=0)
+        assert bool(near[~outside].all())
+        assert not bool(near[outside].any())
+
+
+def test_features_of_an_image_are_the_mean_of_its_tiles(pyramids):
+    (*_, whole), (*_, tiled) = pyramids(1, (64, 96), tile=32)
+    torch.testing.assert_close(whole, tiled)
+
+
+@pytest.mark.parametrize("tile", [32, 64])
+def test_tiles_without_overlap_lie_side_by_side_to_the_bit(tile):
+    detector = SPADE("panda_tiny", tile=tile)
+    detector.load_backbone()
+    images = torch.randint(0, 256, (3, 3, 128, 192), dtype=torch.uint8)
+    places = [(y, x) for y in range(0, 128, tile) for x in range(0, 192, tile)]
+    tiles = torch.stack([images[:, :, y : y + tile, x : x + tile] for y, x in places], dim=1)
+    *maps, pooled = pyramid(detector.backbone, tiles.flatten(0, 1), detector.levels, pooled=True)
+    *found, mean = detector.pyramid(images, pooled=True)
+    for of_tiles, whole in zip(maps, found, strict=True):
+        side = of_tiles.shape[2]
+        parts = of_tiles.unflatten(0, (3, -1))
+        for i, (y, x) in enumerate(places):
+            row, column = y * side // tile, x * side // tile
+            assert torch.equal(whole[:, :, row : row + side, column : column + side], parts[:, i])
+    assert torch.equal(mean, pooled.unflatten(0, (3, -1)).mean(dim=1))
+
+
+def test_tiles_pass_the_network_in_portions(monkeypatch):
+    detector, seen = PatchCore("panda_tiny", tile=32, optimize="plain"), []
+    detector.load_backbone()
+    detector.backbone.model.conv1.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    monkeypatch.setattr(Backbone, "cached", lambda self, images: len(images))  # as on a GPU
+    detector.pyramid(torch.zeros(3, 3, 96, 96, dtype=torch.uint8))
+    assert seen == [16, 11]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["SPADE", "PatchCore"])
+@pytest.mark.parametrize("options", [{}, {"tile": 64, "overlap": 32}])
+def test_images_need_not_be_square(method, options):
+    detector = method(sigma=1.0, **options)
+    detector.load_backbone()
+    images = torch.randint(0, 256, (3, 3, 70, 150), dtype=torch.uint8)
+    rows = detector.embed({"image": images})
+    detector.bank = rows.flatten(0, 1) if isinstance(detector, PatchCore) else rows
+    detector.fit_index()
+    images[0, :, 10:40, 100:140] = 0
+    found = detector.outputs({"image": images})["map"]
+    assert found.shape == (3, 70, 150)
+    assert divmod(int(found[0].argmax()), 150)[0] in range(5, 45)
+    assert divmod(int(found[0].argmax()), 150)[1] in range(95, 145)
+    assert found[1:].max() < 0.1 * found[0].max()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["SPADE", "PatchCore"])
+def test_tiles_run_and_say_their_memory(tmp_path, caplog, method):
+    module = mvtec(tmp_path, image_size=100)
+    (result,) = trainer(tmp_path).test(method(tile=64, overlap=16, levels=(2, 3)), module, verbose=False)
     assert 0 <= result["test/pixel_auroc"] <= 1
+    # four tiles of 8 x 8 positions of 64 values, and of 4 x 4 of 128
+    assert f"the features of its 4 tiles {4 * 4 * (64 * 64 + 16 * 128) / 2**20:.2f} MiB; 16 tiles pass" in caplog.text
+
+
+def test_a_network_of_one_size_serves_for_larger_images_in_tiles(tmp_path):
+    name = small_network(tmp_path / "vit", "vit")
+    detector = PatchCore(name, coreset=0.3, levels=(2, 4), tile=32, overlap=8)
+    (result,) = trainer(tmp_path).test(detector, mvtec(tmp_path, image_size=70), verbose=False)
+    assert 0 <= result["test/pixel_auroc"] <= 1
+    with pytest.raises(PandaError, match="image_size=70 is not a multiple of the 8 px patches"):
+        trainer(tmp_path).test(PatchCore(name, levels=(2, 4)), mvtec(tmp_path, image_size=70), verbose=False)
+
+
+def test_a_network_whose_maps_do_not_lie_side_by_side_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        "panda_lightning.detectors.segmentation.pyramid", lambda *_: [torch.zeros(4, 3, 7, 7), torch.zeros(4, 3, 4, 4)]
+    )
+    detector = PatchCore("panda_tiny", tile=64)
+    detector.load_backbone()
+    with pytest.raises(PandaError, match="resnet10t gives a map of 7 positions of 8 px for tiles of 64 px"):
+        detector.embed({"image": torch.zeros(1, 3, 128, 128, dtype=torch.uint8)})
+
+
+def test_an_image_smaller_than_a_tile_is_refused(pyramids):
+    with pytest.raises(PandaError, match="tile=64 is larger than images of 60 x 96 px: choose 60 or less"):
+        pyramids(1, (60, 96), tile=64)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tile": 24}, "tile=24 does not suit image_size=64: choose a divisor"),
         ({"tile": 16}, "tile=16 is smaller than the stride of resnet10t: choose 32 or more"),
+        ({"tile": 40}, "tile=40 is not a multiple of 16 px.* choose 32 or 48"),
+        ({"tile": 128}, "tile=128 is larger than images of 64 x 64 px: choose 64 or less"),
+        ({"overlap": 16}, "overlap=16 applies only to tiles, but images are not cut into tiles"),
+        ({"tile": 32, "overlap": 32}, "overlap=32 is not smaller than tile=32: choose 0 to 31"),
+        ({"tile": 32, "overlap": 10}, "overlap=10 is not a multiple of 16 px.* choose 0 or 16"),
     ],
 )
 def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, sentence):
@@ -126,6 +246,11 @@ def test_what_cannot_work_is_said_before_images_are_decoded(tmp_path, options, s
     assert not module.decoded
 
 
+def test_an_overlap_is_no_number_below_zero():
+    with pytest.raises(PandaError, match="overlap=-1 is not allowed: choose a whole number, 0 or more"):
+        PatchCore("panda_tiny", tile=32, overlap=-1)
+
+
 def test_spade_compares_with_all_images_where_there_are_fewer_than_k(tmp_path, caplog):
     found = []
     for k in (6, 50):
@@ -133,7 +258,7 @@ def test_spade_compares_with_all_images_where_there_are_fewer_than_k(tmp_path, c
         trainer(tmp_path / str(k)).test(detector, mvtec(tmp_path), verbose=False)
         found.append(detector.scores.score)
     assert torch.equal(*found)
-    assert "SPADE compares with all 6 normal images, fewer than k=50" in caplog.text
+    assert "SPADE compares with all 6 normal images, because there are fewer than k=50" in caplog.text
 
 
 def test_an_adapted_network_feeds_them(run, workdir):

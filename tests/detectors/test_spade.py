@@ -48,6 +48,17 @@ def test_a_checkpoint_of_another_image_size_is_refused(tmp_path):
     runner.save_checkpoint(tmp_path / "spade.ckpt")
     loaded = SPADE.load_from_checkpoint(tmp_path / "spade.ckpt")
     with pytest.raises(
-        PandaError, match=r"SPADE was made with other data or arguments than these \(image_size=96, not 64\)"
+        PandaError, match=r"SPADE was made with data or arguments other than these \(image_size=96, not 64\)"
     ):
         trainer(tmp_path).test(loaded, mvtec(tmp_path, image_size=96), verbose=False)
+
+
+def test_a_checkpoint_whose_bank_has_another_order_is_refused(tmp_path):
+    runner = trainer(tmp_path)
+    runner.test(SPADE("panda_tiny", k=2), mvtec(tmp_path), verbose=False)
+    runner.save_checkpoint(tmp_path / "spade.ckpt")
+    kept = torch.load(tmp_path / "spade.ckpt", weights_only=True)
+    kept["state_dict"]["_extra_state"]["format"] = 2
+    torch.save(kept, tmp_path / "older.ckpt")
+    with pytest.raises(PandaError, match=r"has format 2, in which SPADE's bank has another order: make it again"):
+        SPADE.load_from_checkpoint(tmp_path / "older.ckpt")

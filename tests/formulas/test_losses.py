@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from panda_lightning.formulas import losses
 
@@ -66,3 +67,29 @@ def test_the_soft_boundary_is_that_of_a_plain_loop():
     expected = sum(radius**2 + max(0.0, d - radius**2) / nu for d in distances) / 4
     got = losses.soft_boundary(torch.tensor(distances), torch.tensor(radius), nu).mean()
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_are_told_apart_in_full_precision_whatever_the_runs(dtype):
+    first, second = F.normalize(torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)), dim=2)
+    centre = first.mean(dim=0)
+    expected = losses.mean_shifted(first, second, centre)
+    with torch.autocast("cpu", dtype):
+        found = losses.mean_shifted(first, second, centre)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ewc_of_half_weights_is_float32s(dtype):
+    generator = torch.Generator().manual_seed(0)
+    start = (300 * torch.rand(50, generator=generator)).to(dtype)  # squares of the moves overflow float16
+    params = (start + 300 * torch.rand(50, generator=generator)).to(dtype).requires_grad_()
+    fisher = torch.rand(50, generator=generator)
+    found = losses.ewc([params], [start], [fisher])
+    expected = (0.5 * fisher.double() * (params.detach().double() - start.double()).square()).sum()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    found.backward()
+    assert params.grad.dtype == dtype
+    torch.testing.assert_close(
+        params.grad.float(), fisher * (params.detach().float() - start.float()), rtol=0.01, atol=0
+    )

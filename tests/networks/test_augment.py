@@ -100,3 +100,13 @@ def test_views_depend_on_their_draws_alone():
     grey = still.clone()
     grey[0, 10] = 0
     assert (augment.random_view(images[:1], grey)[0].float().std(dim=0) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_view_is_the_same_in_runs_of_half_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    numbers = torch.rand(8, augment.VIEW_DRAWS, generator=generator)
+    expected = augment.random_view(images, numbers)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(augment.random_view(images, numbers), expected)

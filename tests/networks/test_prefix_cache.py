@@ -1,6 +1,5 @@
 import errno
 import io
-import os
 import shutil
 from types import SimpleNamespace
 
@@ -14,10 +13,12 @@ from rich.console import Console
 from torch.nn.functional import conv2d
 from torch.utils.data import DataLoader
 
+from panda_lightning import PandaError
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.networks.prefix_cache import cache_prefix
-from panda_lightning.pictures.images import Images, View
-from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is
+from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is
+from panda_lightning.pictures.view import View
+from panda_lightning.runtime import whole
 
 WEIGHT = torch.randint(-1, 2, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
 
@@ -25,7 +26,7 @@ WEIGHT = torch.randint(-1, 2, (2, 3, 4, 4), generator=torch.Generator().manual_s
 class Layer:
     """Stands for a network: one frozen layer, whose sums of whole numbers are exact; it counts the images it sees."""
 
-    architecture = "layer"
+    architecture, splits, pool = "layer", True, None
 
     def __init__(self, weight=WEIGHT, optimize="plain"):
         self.weight, self.optimize, self.seen = weight, optimize, 0
@@ -85,6 +86,16 @@ def cache(images, layer=None, budget=10**6, half=False, folder=None, run=None, b
     sampler = ShardedSampler(len(images), run.world_size, run.strategy.global_rank, shuffle=False)
     loader = DataLoader(images, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
     return cache_prefix(run, layer or Layer(), loader, budget, half, folder and str(folder))
+
+
+def test_what_cannot_be_computed_in_two_parts_is_not_kept_and_says_so_once(caplog):
+    shown, layer = dataset(3), Layer()
+    layer.splits = False
+    with caplog.at_level("INFO"):
+        assert [cache(shown, layer), cache(shown, layer)] == [0, 0]
+    assert shown.hidden is None
+    assert layer.seen == 0
+    assert caplog.text.count("layer cannot be computed in two parts, so its frozen layers are not cached") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,10 +215,10 @@ def test_work_that_is_broken_off_leaves_no_file(tmp_path):
 
 
 def test_the_disks_space_is_taken_before_the_images_pass(tmp_path, monkeypatch):
-    def full(handle, start, size):
+    def full(path, size):
         raise OSError(errno.ENOSPC, f"no space for {size} bytes")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(whole, "take_space", full)
     layer = Layer()
     with pytest.raises(OSError, match="no space for 288 bytes"):
         cache(dataset(9), layer, folder=tmp_path)
@@ -220,8 +231,8 @@ def test_what_is_too_large_says_how_much_it_is(tmp_path, monkeypatch, caplog, on
     images = dataset(3)
     with caplog.at_level("INFO"):
         assert cache(images, Wide(2**27), budget=2**29, folder=tmp_path if on_disk else None) == 0
-    limit = "is free in prefix_cache_dir" if on_disk else "is left of prefix_cache_gb"
-    assert f"output of 3 images would take 1.5 GiB, more than {limit} (0.5): these images pass" in caplog.text
+    limit = "is free in prefix_cache_dir" if on_disk else "is left in prefix_cache_gb"
+    assert f"output of 3 images would take 1.5 GiB, more than {limit} (512.0 MiB): these images pass" in caplog.text
     assert images.hidden is None
     assert not list(tmp_path.iterdir())
 
@@ -235,7 +246,7 @@ def test_what_is_kept_says_how_much_it_is_and_where(tmp_path, monkeypatch, caplo
         with caplog.at_level("INFO"):
             cache(dataset(2), Wide(2**18), budget=2**21, folder=tmp_path if on_disk else None)
         place = f"in {next(tmp_path.iterdir())}" if on_disk else "on cpu"
-        assert f"output of 2 images is kept: 2 MiB {place}." in caplog.text
+        assert f"output of 2 images is cached: 2.0 MiB {place}." in caplog.text
 
 
 def test_a_bar_shows_what_is_done_and_how_far_it_is(monkeypatch):
@@ -245,3 +256,14 @@ def test_a_bar_shows_what_is_done_and_how_far_it_is(monkeypatch):
     cache(dataset(9), run=trainer(enable_progress_bar=True, callbacks=[TQDMProgressBar()]))
     assert "Frozen layers, once" in console.file.getvalue()
     assert "67%" in console.file.getvalue()  # two batches of three
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_values_that_float16_cannot_hold_are_said_and_nothing_is_kept(tmp_path, on_disk):
+    images, layer = dataset(3), Layer(300 * WEIGHT)
+    folder = tmp_path if on_disk else None
+    with pytest.raises(PandaError, match=r"values up to \d.*float16 ends at 65504: leave prefix_cache_half out"):
+        cache(images, layer, half=True, folder=folder)
+    assert images.hidden is None
+    assert not list(tmp_path.glob("*"))
+    assert cache(images, layer, folder=folder) == (0 if on_disk else 3 * 8 * 4)

@@ -82,7 +82,7 @@ def test_augmentation_keeps_size_and_moves_pixels():
 
 
 def test_what_is_missing_is_said(tmp_path, tiny):
-    with pytest.raises(PandaError, match="holds no class folders"):
+    with pytest.raises(PandaError, match="has no class folders"):
         LabelledFolder(root=str(tmp_path / "nowhere")).setup("fit")
     with (tiny / "val/val_annotations.txt").open("a") as file:
         file.write("val_n03_0.JPEG\tn03\t0\t0\t1\t1\n")

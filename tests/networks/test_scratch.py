@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from panda_lightning.networks import scratch
 from panda_lightning.networks.scratch import LENETS, WideResNet, lenet, lenet_decoder
 
 
@@ -34,3 +35,17 @@ def test_a_wide_residual_network_has_the_published_size():
     assert sum(p.numel() for p in network.parameters()) + linear == pytest.approx(2.75e6, rel=2e-3)  # WRN-16-4: 2.75 M
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 256)
     assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules()) == 13
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_several_processes_are_as_wide_as_those_of_one(monkeypatch, dtype):
+    x = (400 + 100 * torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))).to(dtype)  # squares overflow
+    one, many = scratch.BatchNorm2d(3), scratch.BatchNorm2d(3)
+    expected = one(x.float())
+    monkeypatch.setattr(scratch, "world_size", lambda: 2)
+    monkeypatch.setattr(scratch, "all_reduce", lambda sums: sums)  # the other has no images
+    found = many(x.float()), many(x)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(many.running_var, one.running_var * 1.9 - 0.9, rtol=1e-4, atol=1e-4)
+    assert found[1].dtype == dtype
+    torch.testing.assert_close(found[1].float(), expected, rtol=0.05, atol=0.05)

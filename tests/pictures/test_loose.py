@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from panda_lightning.pictures.images import View
 from panda_lightning.pictures.loose import LooseDataset, pointed_at
+from panda_lightning.pictures.view import View
 from panda_lightning.types import PandaError
 from tests.conftest import picture
 
@@ -57,20 +57,20 @@ def test_grey_arrays_and_tensors_are_grey_pictures():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (np.zeros((4, 4, 3)), r"an array of float64 is no image.*give \(255 \* x\).round\(\) as uint8"),
-        (torch.zeros(3, 4, 4), "a tensor of float32 is no image"),
+        (np.zeros((4, 4, 3)), r"an array of float64 is not an image.*give \(255 \* x\).round\(\) as uint8"),
+        (torch.zeros(3, 4, 4), "a tensor of float32 is not an image"),
         (np.zeros((4, 4), np.uint16), "uint16 .*16-bit PNG"),
-        (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\) is no image: give uint8 arrays"),
+        (np.zeros((4, 4, 4), np.uint8), r"shape \(4, 4, 4\) is not an image: give uint8 arrays"),
         (np.zeros((0, 4), np.uint8), r"shape \(0, 4\)"),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r"shape \(4, 4, 3\) .*uint8 tensors \(H, W\), \(3, H, W\)"),
-        (3, "int is no kind of image"),
-        (b"\x89PNG", "bytes is no kind of image"),
-        (None, "NoneType is no kind of image"),
+        (3, "int is not an image"),
+        (b"\x89PNG", "bytes is not an image"),
+        (None, "NoneType is not an image"),
         (np.array(["a.png"]), "or a list of paths"),
         ("", "images is empty: name a folder"),
         ([], "list of images is empty"),
-        ("nowhere", "nowhere is no file and no folder"),
-        ("nowhere/*.png", "as a pattern matches nothing"),
+        ("nowhere", "nowhere is not a file or a folder"),
+        ("nowhere/*.png", "as a pattern it matches nothing"),
     ],
 )
 def test_what_is_no_image_is_refused_in_a_sentence(given, said):
@@ -85,7 +85,7 @@ def test_empty_folders_and_lists_are_refused(tmp_path):
     with pytest.raises(PandaError, match="lists no images"):
         pointed_at(tmp_path / "none.txt")
     (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PandaError, match="is no list of paths"):
+    with pytest.raises(PandaError, match="is not a list of paths"):
         pointed_at(tmp_path / "odd.txt")
 
 

@@ -97,7 +97,7 @@ def test_16_bit_colour_that_pillow_halves_is_refused_with_a_rule(tmp_path, grey,
         (tmp_path / name).write_bytes(b"P6 30 20 65535\n" + wide.astype(">u2").tobytes())
     np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / name)), wide >> 8)
     for rule in ("bits:12", "window:0,99"):
-        with pytest.raises(ValueError, match="16-bit colour is read in PNG alone"):
+        with pytest.raises(ValueError, match="16-bit colour is read only from PNG"):
             read_rgb(tmp_path / name, rule)
 
 

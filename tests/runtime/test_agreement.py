@@ -126,7 +126,7 @@ def test_the_newest_of_this_very_configuration_is_found(tmp_path, caplog):
     caplog.set_level("INFO")
     assert newest_alike(config, FREE, folders) == str(path)
     assert caplog.messages[-1] == f"ckpt_path=last: {path}"
-    none = "ckpt_path=last: there is none of this configuration yet"
+    none = "ckpt_path=last: there is no checkpoint of this configuration yet"
     assert newest_alike(config, {"model": (), "data": ()}, folders) is None  # lr counts now
     other = "d.ckpt has other settings: model.lr 9, not 0.1; data.root here, not there"
     assert caplog.messages[-1] == f"{none} ({tmp_path}/1/{other})"  # though root changes no result
@@ -174,7 +174,11 @@ def test_data_and_arguments_that_do_not_suit_are_refused(training, learns, now, 
     if sentence is None:
         require_same("PANDA", BEFORE, BEFORE | now, training, learns)
         return
-    advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
+    advice = (
+        "to resume, use the old ones; to train with these, start a new run"
+        if training
+        else "use the old ones, or train again"
+    )
     with pytest.raises(PandaError) as refusal:
         require_same("PANDA", BEFORE, BEFORE | now, training, learns)
-    assert str(refusal.value) == (f"PANDA was made with other data or arguments than these ({sentence}): {advice}.")
+    assert str(refusal.value) == (f"PANDA was made with data or arguments other than these ({sentence}): {advice}.")

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 
 from panda_lightning import PANDA, ImageFolder, PandaError
+from panda_lightning.runtime import checkpoints
 from panda_lightning.runtime.checkpoints import WholeCheckpointIO, newest_whole, require_whole
 
 
@@ -34,7 +35,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypa
     io.save_checkpoint(checkpoint(1), path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        with pytest.raises(PandaError, match=rf"could not be written .*go on with --ckpt_path {path}"):
+        with pytest.raises(PandaError, match=rf"could not be written .*resume with --ckpt_path {path}"):
             io.save_checkpoint(checkpoint(2), path)
     assert io.load_checkpoint(path)["epoch"] == 1
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
@@ -46,6 +47,21 @@ def test_a_really_full_disk_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda value, _: real(value, "/dev/full"))
     with pytest.raises(PandaError, match=r"last.ckpt could not be written \(.*\)"):
         WholeCheckpointIO().save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_file_is_mapped_only_where_it_can_be_replaced_nevertheless(tmp_path, monkeypatch, replaces):
+    def load(*args, mmap, **options):
+        seen.append(mmap)
+        return real(*args, mmap=mmap, **options)
+
+    seen, real = [], torch.load
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(checkpoints, "REPLACES_OPEN_FILES", replaces)
+    WholeCheckpointIO().save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+    assert checkpoints.read_tensors(tmp_path / "last.ckpt", mmap=True)["epoch"] == 1
+    assert checkpoints.read_tensors(tmp_path / "last.ckpt")["epoch"] == 1
+    assert seen == [replaces, False]
 
 
 def spoil(path, how):
@@ -69,14 +85,16 @@ def test_a_broken_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path,
         io.save_checkpoint(checkpoint(n), path)
         os.utime(path, (n, n))
     spoil(paths[2], how)
-    with pytest.warns(UserWarning, match="3.ckpt is broken .* and passed over"):
+    with pytest.warns(UserWarning, match="3.ckpt is broken .* and is skipped"):
         assert newest_whole(tmp_path) == paths[1]
-    with pytest.raises(PandaError, match=rf"3.ckpt is broken \(.+\). The newest whole one beside it is {paths[1]}."):
+    with pytest.raises(
+        PandaError, match=rf"3.ckpt is broken \(.+\). The newest complete one in its folder is {paths[1]}."
+    ):
         io.load_checkpoint(paths[2])
     assert io.load_checkpoint(paths[1])["epoch"] == 2
     for path in paths[:2]:
         path.unlink()
-    with pytest.raises(PandaError, match="There is no whole one beside it"):
+    with pytest.raises(PandaError, match="There is no complete one in its folder"):
         require_whole(paths[2])
 
 

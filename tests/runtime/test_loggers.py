@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,21 @@ def test_with_credentials_in_netrc_it_is_online(workdir, monkeypatch):
     assert "mode" not in AutoWandbLogger()._wandb_init
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # credentials of another host are none
     assert AutoWandbLogger()._wandb_init["mode"] == "offline"
+
+
+@pytest.mark.parametrize("way", ["no credentials", "mode", "offline", "WANDB_MODE"])
+def test_an_offline_run_says_in_one_line_how_to_upload_it(workdir, monkeypatch, way, capfd, caplog):
+    if way != "no credentials":
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    if way == "WANDB_MODE":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    options = {"mode": {"mode": "offline"}, "offline": {"offline": True}}.get(way, {})
+    with caplog.at_level("INFO"):
+        AutoWandbLogger(**options).log_metrics({"a": 1.0})
+    told = re.findall("W&B is offline. To upload this run later: wandb sync (.*)", caplog.text)
+    assert len(told) == 1
+    assert (workdir / told[0]).is_dir()
+    assert "wandb:" not in "".join(capfd.readouterr())
 
 
 def test_a_mode_that_the_user_set_stays(workdir, monkeypatch):
@@ -66,6 +82,7 @@ children = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True
 rows = [line.split() for line in children.splitlines()]
 mine = [row for row in rows if row[1] == str(os.getpid()) and "wandb" in row[2]]
 os.kill(int(mine[0][0]), signal.SIGKILL)
+os.waitpid(int(mine[0][0]), 0)  # a busy machine takes its time
 for step in range(100):
     logger.log_metrics({"a": 2.0})
     logger.experiment.log({"b": 1.0})
@@ -105,7 +122,7 @@ def claimed(folder, number, answers):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context()
     answers = context.Queue()
     workers = [context.Process(target=claimed, args=(tmp_path, number, answers)) for number in range(8)]
     for worker in workers:

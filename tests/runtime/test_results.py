@@ -29,11 +29,22 @@ def test_rows_say_what_applies():
 
 
 def test_parts_are_joined_in_order():
-    whole = joined([made(["x"]), made(["y", "z"], maps=None)])
+    whole = joined([made(["x"]), made(["y", "z"])], [0, 1, 2])
     assert whole.names == ["x", "y", "z"]
     assert whole.score.tolist() == [0, 0, 1]
     assert whole.neighbours.shape == (3, 2)
     assert whole.maps is None
+
+
+def test_parts_of_several_sizes_are_joined_in_order_of_their_rows():
+    maps = [np.full((2, 3), 1.0), np.full((2, 3), 5.0)], [np.full((4, 2), 2.0)]
+    parts = [made(["b", "f"], maps=np.stack(maps[0])), made(["c"], maps=np.stack(maps[1]), score=np.array([9.0]))]
+    whole = joined(parts, [1, 5, 2])
+    assert whole.names == ["b", "c", "f"]
+    assert whole.score.tolist() == [0, 9, 1]
+    assert [m.shape for m in whole.maps] == [(2, 3), (4, 2), (2, 3)]
+    assert [m[0, 0] for m in whole.maps] == [1, 2, 5]
+    assert joined([parts[0]], [1, 0]).maps[:, 0, 0].tolist() == [5, 1]
 
 
 def test_tables_hold_every_row(tmp_path):

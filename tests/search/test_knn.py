@@ -1,7 +1,4 @@
-import operator
-import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
+import re
 
 import numpy as np
 import pytest
@@ -9,13 +6,30 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from panda_lightning import KNNIndex, PandaError
-from panda_lightning.search import knn
-from panda_lightning.search.knn import full_float32
+from panda_lightning.search import candidates, knn
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
+
+
+LOW = candidates._sums_in_float32(torch.device("cpu"))
+KINDS = [
+    "torch",
+    pytest.param(
+        "bfloat16", marks=pytest.mark.skipif(not LOW, reason="this torch sums products of bfloat16 otherwise")
+    ),
+    "faiss",
+]
+
+
+@pytest.fixture(params=KINDS)
+def backend(request, monkeypatch):
+    """Every way in which candidates are named, whatever this machine is fast at."""
+    dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
+    monkeypatch.setattr(knn, "products_type", lambda device: dtype)
+    return "faiss" if request.param == "faiss" else "torch"
 
 
 def plain(bank: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +41,6 @@ def plain(bank: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize(("size", "dim", "k"), [(1, 3, 1), (5, 4, 5), (300, 17, 2), (2000, 64, 50)])
 def test_distances_are_numpys(backend, size, dim, k, device):
     torch.manual_seed(size)
@@ -39,13 +52,13 @@ def test_distances_are_numpys(backend, size, dim, k, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_groups_of_a_large_bank_lose_no_neighbour(device):
+def test_groups_of_a_large_bank_lose_no_neighbour(backend, device):
     torch.manual_seed(0)
-    size = KNNIndex.GROUP**2 * 11 + 5  # the last group is not full
+    size = 64**2 * 11 + 5  # the last group is not full
     bank = torch.randn(size, 3, device=device)
     bank[100:110] = bank[100]  # neighbours within one group
     queries = torch.cat([bank[100:101], bank[-3:], torch.randn(20, 3, device=device)])
-    distances, rows = KNNIndex("torch").fit(bank).search(queries, 3)
+    distances, rows = KNNIndex(backend).fit(bank).search(queries, 3)
     expected, order = plain(bank, queries, 3)
     np.testing.assert_allclose(distances.cpu(), expected, rtol=2e-6, atol=1e-12)
     assert (rows.cpu().numpy()[4:] == order[4:]).mean() > 0.95
@@ -61,6 +74,9 @@ def check(bank: torch.Tensor, queries: torch.Tensor, k: int, backend: str) -> No
     assert all(len(row.unique()) == k for row in rows)
     torch.testing.assert_close(distances.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    whole = (b.float() - q.float().unsqueeze(1)).square().sum(dim=2)  # of equal ones the first come, in any way
+    assert torch.equal(rows, torch.sort(whole, dim=1, stable=True).indices[:, :k])
+    assert torch.equal(distances, whole.gather(1, rows))
 
 
 def apart(spreads: float, dim: int, size: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +87,6 @@ def apart(spreads: float, dim: int, size: int = 300) -> tuple[torch.Tensor, torc
     return bank.flatten(0, 1), queries.flatten(0, 1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("k", [1, 2, 10])
 @pytest.mark.parametrize("dim", [8, 64, 512])
 @pytest.mark.parametrize("spreads", [30, 1e3, 1e4, 1e6])
@@ -80,13 +95,11 @@ def test_clusters_may_lie_far_apart(spreads, dim, k, backend):
     check(*apart(spreads, dim), k, backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("k", [1, 2, 10])
 @pytest.mark.parametrize("spreads", [1, 1e4])
 def test_clusters_of_a_bank_that_is_searched_by_groups_may_lie_far_apart(spreads, k, backend):
     torch.manual_seed(0)
     bank, queries = apart(spreads, 8, size=25_000)
-    assert len(bank) >= KNNIndex.GROUP**2 * (k + KNNIndex.EXTRA)
     check(bank, queries, k, backend)
 
 
@@ -122,7 +135,6 @@ def scales(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[chosen[50:]], rows[chosen[:50]]
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("k", [1, 2, 10])
 @pytest.mark.parametrize("dim", [8, 64, 512])
 @pytest.mark.parametrize("make", [outlier, offset, steps, copies, scales])
@@ -131,7 +143,6 @@ def test_neighbours_are_found_where_digits_are_lost(make, dim, k, backend):
     check(*make(dim), k, backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_digits_of_other_types_are_kept(dtype, backend):
     torch.manual_seed(0)
@@ -139,43 +150,28 @@ def test_digits_of_other_types_are_kept(dtype, backend):
     check(bank, queries, 2, backend)
 
 
-@pytest.mark.parametrize("dim", [8, 512])
-def test_what_rounding_may_hide_is_bounded(dim):
-    query = torch.nn.functional.normalize(torch.ones(1, dim), dim=1) * 3
-    error = 2 * 7 * (3 + 7) * (dim + 8) / 2**24  # |q| = 3, d = 16
-    for beyond, hidden in ((16 + 0.99 * error, True), (16 + 1.01 * error, False), (torch.inf, False)):
-        found = knn._may_miss(query, torch.tensor([16.0]), torch.tensor([beyond], dtype=torch.float64))
-        assert found.tolist() == [hidden]
-    assert knn._may_miss(query, torch.zeros(1), torch.zeros(1)).tolist() == [False]  # nothing is nearer than a copy
-
-
-class Counted(KNNIndex):
-    """Writes down how many queries are searched among how many times the candidates."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.searches: list[tuple[int, int]] = []
-
-    def _search(self, queries, k, times=1):
-        self.searches.append((len(queries), times))
-        return super()._search(queries, k, times)
-
-
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_only_queries_in_doubt_are_searched_again(backend):
+def test_only_queries_in_doubt_are_searched_again(monkeypatch, backend):
+    made = []
+    products = candidates.Products
+    monkeypatch.setattr(knn, "Products", lambda bank, mean, dtype: made.append(dtype) or products(bank, mean, dtype))
     torch.manual_seed(0)
-    places = torch.randn(10, 512) * 3
-    bank, queries = (places.repeat(n, 1) + torch.randn(10 * n, 512) for n in (300, 20))
-    index = Counted(backend).fit(bank)
+    places = torch.randn(1500, 64) * 3
+    bank, queries = (rows + 0.3 * torch.randn(len(rows), 64) for rows in (places.repeat(2, 1), places[-200:]))
+    index = KNNIndex(backend).fit(bank)
     index.search(queries, 2)
-    assert index.searches == [(200, 1)]  # clusters a few spreads apart leave no doubt
-    bank[:12] = 50  # copies, two more than there are candidates at first
-    queries = torch.cat([queries, torch.full((1, 512), 49.0), torch.full((1, 512), 50.0)])
-    index = Counted(backend).fit(bank)
+    first = [] if backend == "faiss" else [knn.products_type("cpu")]
+    assert made == first  # the two nearest are much nearer than others
+    bank[:900] = 50.0  # copies, more than there are candidates at first
+    queries = torch.cat([queries, torch.full((1, 64), 49.0), torch.full((1, 64), 50.0)])
+    made.clear()
+    index = KNNIndex(backend).fit(bank)
     distances, rows = index.search(queries, 2)
-    assert index.searches == [(202, 1), (1, 8)]
-    assert distances[200].tolist() == [512.0] * 2
-    assert int(rows[200:].max()) < 12
+    assert made == (first if first == [torch.float32] else [*first, torch.float32])
+    assert distances[200:].tolist() == [[64.0] * 2, [0.0] * 2]
+    assert rows[200:].tolist() == [[0, 1], [0, 1]]
+    assert index._products is None or index._products.dtype == first[0]
+    index.search(queries[200:].repeat(2, 1), 2)
+    assert index._products is None or index._products.dtype == torch.float32  # which tells these apart, from now on
 
 
 class Sizes(TorchFunctionMode):
@@ -198,17 +194,25 @@ def test_differences_to_all_rows_take_no_more_memory():
     with Sizes() as sizes:
         KNNIndex("torch").fit(bank).search(queries[:2], 1)
     assert sum(sizes.found) > 2 * bank[:2000].numel()
-    assert max(sizes.found) <= 2**20
+    assert max(n for n in sizes.found if n > 2 * 512) <= 2**18
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_chunks_change_nothing(backend):
     torch.manual_seed(0)
     bank, queries = torch.randn(4000, 48), torch.randn(200, 48)
     whole = KNNIndex(backend, memory_mb=10_000).fit(bank).search(queries, 4)
     tiny = KNNIndex(backend, memory_mb=0).fit(bank).search(queries, 4)
-    torch.testing.assert_close(whole[0], tiny[0], rtol=1e-6, atol=0)
+    assert torch.equal(whole[0], tiny[0])
     assert torch.equal(whole[1], tiny[1])
+
+
+def test_pieces_of_a_bank_are_searched_alone(backend):
+    torch.manual_seed(0)
+    bank, queries = torch.randn(6, 500, 700)[:, :, ::7], torch.randn(3, 40, 100)  # not contiguous
+    pieces = torch.tensor([[4, 0], [5, 5], [1, 2]])
+    found = KNNIndex(backend).fit(bank).nearest_in_each(queries, pieces)
+    expected = [plain(bank[some].flatten(0, 1), q, 1)[0][:, 0] for some, q in zip(pieces, queries, strict=True)]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=2e-6)
 
 
 def clusters(count: int, size: int, dim: int, far: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +232,6 @@ def test_autocast_around_the_search_changes_nothing():
     np.testing.assert_allclose(distances, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_neighbours_that_rounding_puts_out_of_order_are_found_among_more_candidates(backend):
     bank, queries = clusters(40, 9, dim=32, far=1000)  # float32 products are wrong by about 5, distances differ by 0.1
     distances, rows = KNNIndex(backend).fit(bank).search(queries, 1)
@@ -237,210 +240,81 @@ def test_neighbours_that_rounding_puts_out_of_order_are_found_among_more_candida
     np.testing.assert_allclose(distances, expected, rtol=1e-3)
 
 
-# ---- torch's settings: the older one of all matrix products; since 2.9 one of each back end, which follow others
-
-NEWER = hasattr(torch.backends, "fp32_precision")
-needs_newer = pytest.mark.skipif(not NEWER, reason="torch >= 2.9")
-
-
-def put(name: str, value: str) -> None:
-    if name == "older":
-        torch.set_float32_matmul_precision(value)
-    elif name == "mkldnn":
-        torch.backends.mkldnn.set_flags(_fp32_precision=value)  # its attribute sets that of all (torch 2.14)
-    else:
-        parent = operator.attrgetter(name)(torch.backends) if name else torch.backends
-        parent.fp32_precision = value
-
-
-def readings() -> list[str]:
-    names = ["", "cudnn", "cudnn.conv", "cuda.matmul", "mkldnn", "mkldnn.matmul", "mkldnn.conv"] if NEWER else []
-    found = [(operator.attrgetter(n)(torch.backends) if n else torch.backends).fp32_precision for n in names]
-    for older in (torch.get_float32_matmul_precision, lambda: str(torch.backends.cuda.matmul.allow_tf32)):
-        try:
-            found.append(older())
-        except RuntimeError:  # set by both
-            found.append("mixed")
-    return found
-
-
-@pytest.fixture
-def reset():
-    def call():
-        put("older", "highest")
-        for name in ("", "cudnn", "cuda.matmul", "mkldnn", "mkldnn.matmul") if NEWER else ():
-            put(name, "none")
-
-    call()
-    yield call
-    call()
-
-
-SETTINGS = [
-    [],
-    [("older", "high")],
-    [("older", "medium")],
-    *(
-        pytest.param(setting, marks=needs_newer)
-        for setting in (
-            [("", "tf32")],
-            [("", "bf16")],
-            [("", "ieee"), ("cuda.matmul", "tf32"), ("mkldnn.matmul", "bf16")],
-            [("cuda.matmul", "tf32")],
-            [("mkldnn.matmul", "bf16")],
-            [("mkldnn", "bf16")],
-            [("cudnn", "tf32")],
-            [("cudnn", "tf32"), ("cuda.matmul", "tf32")],
-            [("", "tf32"), ("cudnn", "tf32"), ("cuda.matmul", "ieee")],
-            [("", "bf16"), ("mkldnn", "bf16"), ("mkldnn.matmul", "bf16"), ("cudnn", "ieee"), ("cuda.matmul", "tf32")],
-            [("older", "high"), ("cuda.matmul", "ieee"), ("mkldnn.matmul", "bf16")],
-            [("", "tf32"), ("older", "medium")],
-        )
-    ),
-]
-LATER = [
-    ("", "tf32"),
-    ("", "bf16"),
-    ("mkldnn", "ieee"),
-    ("", "ieee"),
-    ("cudnn", "tf32"),
-    ("", "none"),
-    ("cudnn", "none"),
-]
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_products_are_of_full_precision_and_every_setting_stays_as_it_was(settings, device, reset):
-    def afterwards() -> list[list[str]]:
-        """What is read, now and as what settings follow is changed."""
-        found = [readings()]
-        for setting in LATER if NEWER else ():
-            put(*setting)
-            found.append(readings())
-        return found
-
-    for setting in settings:
-        put(*setting)
-    expected = afterwards()
-    for fails in (False, True):
-        reset()
-        for setting in settings:
-            put(*setting)
-        with pytest.raises(MemoryError) if fails else nullcontext(), full_float32(torch.device(device)):
-            if NEWER:
-                matmul = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
-                assert matmul.fp32_precision in ("none", "ieee")
-            else:
-                assert torch.get_float32_matmul_precision() == "highest"
-            if fails:
-                raise MemoryError
-        assert afterwards() == expected
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_torchs_settings_change_no_distance(settings, device, reset):
-    bank, queries = (t.to(device) for t in clusters(20, 100, dim=32, far=30))
-    for setting in settings:
-        put(*setting)
-    before = readings()
-    distances, rows = KNNIndex("torch").fit(bank).search(queries, 2)
-    assert readings() == before
-    expected, order = plain(bank, queries, 2)
-    np.testing.assert_array_equal(rows.cpu(), order)
-    np.testing.assert_allclose(distances.cpu(), expected, rtol=1e-6)
-
-
-class Watched(KNNIndex):
-    """Writes down how many queries are taken at a time, and how many candidates each has."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.chunks: list[int] = []
-        self.blocks: list[tuple[int, int]] = []
-
-    def _candidates(self, queries, count, group):
-        self.chunks.append(len(queries))
-        return super()._candidates(queries, count, group)
-
-    def _distances(self, queries, near):
-        self.blocks.append(tuple(near.shape))
-        return super()._distances(queries, near)
-
-
-class Fours(Watched):
-    GROUP = 4
-
-
-@pytest.mark.parametrize(("size", "candidates"), [(175, 11), (176, 44), (177, 45)])
-def test_a_bank_is_searched_by_groups_where_they_are_a_small_part_of_it(size, candidates):
+@pytest.mark.parametrize(
+    ("size", "k", "group"), [(1000, 300, 1), (10_000, 300, 2), (200, 1, 8), (10**5, 1, 64), (3, 3, 1)]
+)
+def test_groups_grow_with_the_bank(monkeypatch, size, k, group):
+    """No more rows than make the differences to k groups as long as the choice among them; k groups at least."""
+    seen = []
+    found = candidates.Products.candidates
+    monkeypatch.setattr(
+        candidates.Products, "candidates", lambda self, q, k, group: seen.append(group) or found(self, q, k, group)
+    )
     torch.manual_seed(0)
-    bank, queries = torch.randn(size, 5), torch.randn(60, 5)
-    index = Fours("torch").fit(bank)
-    distances, rows = index.search(queries, 3)
-    assert {count for _, count in index.blocks} == {
-        candidates
-    }  # 3 + 8 rows, or as many groups and what is beside groups
-    expected, order = plain(bank, queries, 3)
+    bank, queries = torch.randn(size, 24), torch.randn(5, 24)
+    distances, rows = KNNIndex("torch").fit(bank).search(queries, k)
+    assert set(seen) == {group}
+    expected, order = plain(bank, queries, k)
     np.testing.assert_array_equal(rows, order)
     np.testing.assert_allclose(distances, expected, rtol=1e-5)
 
 
-def test_a_row_beside_all_groups_is_found():
-    bank = torch.nn.functional.normalize(torch.randn(177, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+@pytest.mark.skipif(not LOW, reason="this torch sums bfloat16 otherwise")
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("apart", [0, 10])
+def test_bfloat16_is_tried_on_some_queries_and_left_where_it_tells_too_little(monkeypatch, apart, pieces):
+    seen = []
+    found = candidates.Products.candidates
+    monkeypatch.setattr(
+        candidates.Products,
+        "candidates",
+        lambda self, q, k, group: seen.append((self.dtype, len(q))) or found(self, q, k, group),
+    )
+    monkeypatch.setattr(knn, "products_type", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    bank = torch.randn(2000, 60) + apart * torch.tensor([1, -1]).repeat(1000)[:, None]
+    queries = bank[:1500] + 0.2 * torch.randn(1500, 60)
+    index = KNNIndex("torch").fit(bank.view(4, 500, 60) if pieces else bank)
+    if pieces:
+        rows = index.nearest_in_each(queries[None], torch.arange(4)[None])[0]
+        expected = plain(bank, queries, 1)[0][:, 0]
+    else:
+        rows, expected = index.search(queries, 2)[1], plain(bank, queries, 2)[1]
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+    kind = torch.float32 if apart else torch.bfloat16
+    wanted = [(torch.bfloat16, 32), (kind, 1024), (kind, 444)]
+    again = [one for one in seen if one not in wanted]
+    assert [one for one in seen if one in wanted] == wanted
+    assert all(dtype == torch.float32 for dtype, _ in again)
+    assert index._products.dtype == kind
+
+
+def test_a_row_of_the_last_group_which_is_not_full_is_found(backend):
+    bank = torch.nn.functional.normalize(torch.randn(4097, 5, generator=torch.Generator().manual_seed(0)), dim=1)
     bank[-1] *= 0.5
     middle = bank.mean(dim=0).expand(3, 5)  # to which the last row is nearest
-    distances, rows = Fours("torch").fit(bank).search(middle, 2)
+    distances, rows = KNNIndex(backend).fit(bank).search(middle, 2)
     expected, order = plain(bank, middle, 2)
-    assert order[0, 0] == 176
+    assert order[0, 0] == 4096
     np.testing.assert_array_equal(rows, order)
     np.testing.assert_allclose(distances, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "products"), [("torch", 2 * 20_000), ("faiss", 0)])
-def test_a_chunk_takes_the_memory_it_may(backend, products):
-    """Differences and, in torch, products are there twice: before and after they are put together or squared."""
+def test_a_chunk_takes_the_memory_it_may(monkeypatch):
+    """Of a bank of 20,000 rows in groups of 8: least products in float32, three times, a mask and its copy."""
+    seen = []
+    found = candidates.Products.candidates
+    monkeypatch.setattr(
+        candidates.Products, "candidates", lambda self, q, k, g: seen.append((len(q), g)) or found(self, q, k, g)
+    )
+    monkeypatch.setattr(knn, "products_type", lambda device: torch.float32)
     bank, queries = torch.randn(20_000, 32), torch.randn(200, 32)
-    for memory_mb in (3, 0):
-        index = Watched(backend, memory_mb).fit(bank)
-        index.search(queries, 120)
-        chunk = memory_mb * 2**20 // (4 * (products + 2 * 128 * 32)) or 1
-        assert index.chunks[:-1] == [chunk] * (199 // chunk)
+    for memory_mb in (1, 0):
+        seen.clear()
+        KNNIndex("torch", memory_mb).fit(bank).search(queries, 30)
+        chunk = memory_mb * 2**20 // (2500 * 14) or 1
+        assert seen[:-1] == [(chunk, 8)] * (199 // chunk)
     assert KNNIndex().memory_mb == 512
-
-
-@pytest.mark.parametrize(("kind", "count", "dim", "candidates"), [(Watched, 1000, 200, 11), (Fours, 3, 24_000, 44)])
-def test_differences_on_a_cpu_are_taken_a_million_at_a_time(kind, count, dim, candidates):
-    index = kind("torch").fit(torch.randn(176, dim))
-    index.search(torch.randn(count, dim), 3)
-    block = 2**20 // (candidates * dim) or 1
-    assert set(index.blocks[: count // block]) == {(block, candidates)}
-
-
-@pytest.mark.parametrize(
-    ("backend", "dim", "used"), [("auto", 128, False), ("auto", 129, True), ("torch", 129, False), ("faiss", 3, True)]
-)
-def test_faiss_serves_wide_features_on_a_cpu_where_nothing_is_chosen(monkeypatch, backend, dim, used):
-    monkeypatch.setattr(knn, "find_spec", lambda name: name == "faiss")
-    monkeypatch.setitem(sys.modules, "faiss", None)  # which fails at its import
-    index = KNNIndex(backend).fit(torch.randn(50, dim))
-    with pytest.raises(ImportError) if used else nullcontext():
-        index.search(torch.randn(2, dim), 1)
-
-
-def test_a_process_takes_256_mib_of_a_gpu_for_faiss_once(monkeypatch):
-    class Resources:
-        def setTempMemory(self, size):  # noqa: N802
-            taken.append(size)
-
-    taken: list[int] = []
-    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(StandardGpuResources=Resources))
-    knn._gpu_resources.cache_clear()
-    assert isinstance(knn._gpu_resources(), Resources)
-    assert knn._gpu_resources() is knn._gpu_resources()
-    assert taken == [256 * 2**20]
-    knn._gpu_resources.cache_clear()
 
 
 def test_half_precision_features_are_searched_in_float32():
@@ -450,7 +324,6 @@ def test_half_precision_features_are_searched_in_float32():
     assert distances[:, 0].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("size", [5, 4096 * 10])
 def test_no_queries_give_no_rows(backend, size):
     distances, rows = KNNIndex(backend).fit(torch.randn(size, 3)).search(torch.empty(0, 3).bfloat16(), 2)
@@ -458,7 +331,6 @@ def test_no_queries_give_no_rows(backend, size):
     assert (distances.dtype, rows.dtype) == (torch.float32, torch.long)
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("count", [3, 30])  # faiss takes few by differences
 def test_a_query_that_is_no_number_has_no_distance_and_leaves_the_others_alone(backend, count):
     torch.manual_seed(0)
@@ -470,6 +342,22 @@ def test_a_query_that_is_no_number_has_no_distance_and_leaves_the_others_alone(b
     assert int(rows.min()) >= 0
     np.testing.assert_allclose(distances[1:], expected[0], rtol=1e-6)
     np.testing.assert_array_equal(rows[1:], expected[1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_no_number_spoils_no_backend_alone(backend, value):
+    torch.manual_seed(0)
+    bank, queries = torch.randn(300, 16), torch.randn(4, 16)
+    bank[7, 2] = value
+    distances, rows = KNNIndex(backend).fit(bank).search(queries, 2)
+    with_torch = KNNIndex("torch").fit(bank).search(queries, 2)
+    assert torch.equal(rows, with_torch[1])
+    assert torch.equal(distances.nan_to_num(), with_torch[0].nan_to_num())
+
+
+def test_a_bank_may_have_a_gradient():
+    bank = torch.randn(20, 3, requires_grad=True)
+    assert KNNIndex().fit(bank).search(bank[:2], 1)[1].flatten().tolist() == [0, 1]
 
 
 def test_a_new_index_is_empty_and_cannot_be_searched():
@@ -484,18 +372,7 @@ def test_k_must_fit_the_bank(k):
         KNNIndex().fit(torch.randn(5, 3)).search(torch.randn(2, 3), k)
 
 
-def test_an_empty_bank_is_refused():
-    with pytest.raises(PandaError, match=r"\(0, 3\)"):
-        KNNIndex().fit(torch.empty(0, 3))
-
-
-def test_without_faiss_auto_takes_torch_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(knn, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    knn._say_once.cache_clear()
-    with caplog.at_level("INFO"):
-        distances, _ = KNNIndex().fit(torch.eye(200)).search(torch.eye(200), 1)
-    assert distances.flatten().tolist() == [0.0] * 200
-    assert "faiss is not installed" in caplog.text
-    with pytest.raises(PandaError, match="faiss is not installed: install it"):
-        KNNIndex("faiss").fit(torch.eye(3))
+@pytest.mark.parametrize("shape", [(0, 3), (0, 5, 3), (2, 0, 3), (3,), (3, 0)])
+def test_an_empty_bank_is_refused(shape):
+    with pytest.raises(PandaError, match=re.escape(str(shape))):
+        KNNIndex().fit(torch.empty(shape))

@@ -37,13 +37,14 @@ def test_close_rows_far_from_the_origin_are_told_apart():
     assert torch.equal(distance, KNNIndex("torch").fit(bank).search(queries, 3)[0])
 
 
-def test_each_query_has_a_bank_of_its_own(monkeypatch):
+def test_each_query_has_pieces_of_the_bank_of_its_own(monkeypatch):
     monkeypatch.setattr(TracedIndex, "ROWS", 10)
     draw = torch.manual_seed(2)
-    queries, banks = torch.randn(3, 6, 8, generator=draw), torch.randn(3, 25, 8, generator=draw)
-    expected = np.stack([plain(q, b, 1)[0][:, 0] for q, b in zip(queries, banks, strict=True)])
+    queries, bank = torch.randn(3, 6, 8, generator=draw), torch.randn(7, 9, 8, generator=draw)
+    pieces = torch.tensor([[6, 0, 3], [1, 1, 2], [5, 4, 3]])
+    expected = np.stack([plain(q, bank[own].flatten(0, 1), 1)[0][:, 0] for q, own in zip(queries, pieces, strict=True)])
     for index in (TracedIndex(), KNNIndex("torch")):
-        np.testing.assert_allclose(index.nearest_in_each(queries, banks), expected, rtol=1e-5)
+        np.testing.assert_allclose(index.fit(bank).nearest_in_each(queries, pieces), expected, rtol=1e-5)
 
 
 def test_a_bank_of_half_precision_is_searched_as_it_is():

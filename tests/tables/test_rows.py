@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdi
         try:
             out, _ = process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             out, _ = process.communicate()
         if b"DONE" in out:
             break
@@ -175,6 +174,6 @@ def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("panda_lightning.tables.rows.run", full)
-    with pytest.raises(PandaError, match="Make room, and run the same command again"):
+    with pytest.raises(PandaError, match="Free disk space, and run the same command again"):
         list(Rows(workdir / "table").make(study))
     assert not list((workdir / "table/rows").glob("*"))

@@ -40,7 +40,7 @@ def test_a_score_beyond_it_is_refused(wrong):
 
 def test_small_scores_are_measured_by_the_median_of_normal_ones():
     compare(certificate(), {"score": SCORES * 0}, file_of(SCORES * 0 + 1.4e-4), CALIBRATION, 0.05)
-    with pytest.raises(PandaError, match="where 0.0001 is allowed"):
+    with pytest.raises(PandaError, match="only 0.0001 is allowed"):
         compare(certificate(), {"score": SCORES * 0}, file_of(SCORES * 0 + 1.6e-4), CALIBRATION, 0.05)
 
 
@@ -59,7 +59,7 @@ def test_a_wrong_p_value_is_refused_and_one_at_a_tie_is_not():
 def test_a_decision_that_its_own_p_value_contradicts_is_refused():
     found = file_of(SCORES)
     found["anomalous"][0] = True
-    with pytest.raises(PandaError, match="decision on picture 0 is not that of its p-value"):
+    with pytest.raises(PandaError, match="decision on picture 0 does not match its p-value"):
         compare(certificate(), {"score": SCORES}, found, CALIBRATION, 0.05)
 
 

@@ -171,7 +171,7 @@ def test_a_folder_without_images_is_no_class(panda, words, folder):
     (folder / "test/scratch/a.heic").touch()
     status, out = panda(*words)
     assert status == 0
-    assert "1 files are passed over: .heic 1" in out
+    assert "1 files are ignored: .heic 1" in out
     assert "scratch" not in out
 
 
@@ -238,7 +238,7 @@ def test_masks_are_counted(folder, workdir, capsys):
     check_data.check(MaskedFolder(root=str(folder), image_size=32), Path("one.png"))
     out = capsys.readouterr().out
     assert row(out, "masks") == ["none", "1 of 6 anomalous"]
-    assert "follows a rule of ours" in out
+    assert "follows our own rule" in out
 
 
 def test_arrays(panda, workdir):
@@ -279,9 +279,9 @@ def test_a_config_is_laid_over_another(panda, workdir):
     [
         (["--data.image_sise=3"], "image_sise"),
         (["--config=typo.yaml"], "modle"),
-        (["--data.crop=centre"], r"expected one of \['center', 'squash'\]"),
+        (["--data.crop=centre"], r"expected one of \['center', 'squash', 'none'\]"),
         (["--data.resize=3"], "resize=3 is smaller than image_size=64"),
-        (["--data=Digitz"], "Digitz. There are the detectors"),
+        (["--data=Digitz"], "Digitz. Available are the detectors"),
     ],
 )
 def test_mistakes_end_in_a_sentence(panda, capsys, workdir, more, sentence):
@@ -329,7 +329,7 @@ def test_damage_to_the_real_data_sets_layouts_is_named(panda, workdir):
         bundle.writestr("PetImages/../../outside.jpg", "x")
     status, out = panda(f"--config={ROOT}/conf/cats_vs_dogs.yaml", f"--data.root={workdir}/cats")
     assert status == 1
-    assert "PetImages/../../outside.jpg would land outside its folder" in out
+    assert "PetImages/../../outside.jpg would be written outside its folder" in out
     assert not list(workdir.rglob("outside.jpg"))
 
 
@@ -384,11 +384,11 @@ DAMAGES = {
     "12 bits": (lambda f: every(f, lambda a: a.astype(np.uint16) * 16), "so set data.intensity=bits:12", 1),
     "int32": (lambda f: every(f, lambda a: a.astype(np.int32)), "have no range of their own: set intensity to bits", 1),
     "float": (lambda f: every(f, lambda a: a.astype(np.float32)), "lie outside 0 to 1: set intensity to window", 1),
-    "turned": (turn, "of 13 images are turned as their EXIF orientation says (", 0),
+    "turned": (turn, "of 13 images are rotated as their EXIF orientation says (", 0),
     "no mask pixels": (lambda f: with_masks(f, lambda m, n: m * (n > 1)), "2 of 6 masks show no anomalous pixel", 1),
     "inverted": (lambda f: with_masks(f, lambda m, n: 1 - m), "if they are inverted, set data.mask_values", 1),
     "large": (lambda f: with_masks(f, lambda m, n: m if n else m + 1), "1 of 6 masks cover more than half", 0),
-    "other sides": (lambda f: with_masks(f, lambda m, n: m[:20]), "have other sides than their images and are", 1),
+    "other sides": (lambda f: with_masks(f, lambda m, n: m[:20]), "do not have the size of their images and are", 1),
     "a lost mask": (
         lambda f: (with_masks(f, lambda m, n: m), (f / "ground_truth/stripe/003.png").unlink()),
         "1 of 6 anomalous images have no mask, so their pixels do not count: test/stripe/003.png",
@@ -400,10 +400,10 @@ DAMAGES = {
         "6 of 6 masks lose all anomalous pixels in the crop, or at 32 px",
         1,
     ),
-    "links": (link, "2 files are passed over", 0),
-    "strewn": (strew, "1 files are passed over: .txt 1", 0),
-    "other endings": (lambda f: (f / "test/spot/a.heic").touch(), "1 files are passed over: .heic 1", 0),
-    "bare": (strip, "holds spot, stripe, but neither train nor test: set data.split=0.8", 1),
+    "links": (link, "2 files are ignored", 0),
+    "strewn": (strew, "1 files are ignored: .txt 1", 0),
+    "other endings": (lambda f: (f / "test/spot/a.heic").touch(), "1 files are ignored: .heic 1", 0),
+    "bare": (strip, "contains spot, stripe, but neither train nor test: set data.split=0.8", 1),
     "too large": (
         lambda f: Image.new("1", (20000, 20000)).save(f / "test/spot/huge.png"),
         "huge.png cannot be read: Image size (400000000 pixels) exceeds limit of",
@@ -432,7 +432,7 @@ def test_names_that_are_not_utf8_are_shown(panda, words, folder):
         pytest.skip("this file system takes UTF-8 alone")
     assert panda(*words, "--data.normal_class=spot")[0] == 0
     (folder / "test/spot/copy.png").write_bytes((folder / "train/spot/003.png").read_bytes())
-    Path(os.fsdecode(os.fsencode(folder) + b"/test/spot/caf\xe9.png")).write_text("no image")
+    Path(os.fsdecode(os.fsencode(folder) + b"/test/spot/caf\xe9.png")).write_text("no image", encoding="utf-8")
     status, out = panda(*words, "--data.normal_class=spot")
     assert status == 1
     assert r"test/spot/caf\xe9.png cannot be read: not an image." in out
@@ -444,3 +444,13 @@ def test_dicom_without_its_package_says_how_to_get_it(panda, words, folder, monk
     status, out = panda(*words, "--data.normal_class=spot")
     assert status == 1
     assert "a.dcm cannot be read: DICOM needs pydicom: pip install 'panda-lightning[dicom]'." in out
+
+
+@pytest.mark.parametrize("shape", [["--data.crop=none"], ["--data.image_size=[32, 80]"]], ids=["none", "rectangle"])
+def test_long_images_are_looked_at_as_they_are_seen(panda, words, workdir, shape):
+    for file in sorted((workdir / words[1].split("=")[1]).glob("*/*/0*.png"))[::2]:
+        Image.open(file).resize((100, 40)).save(file)
+    status, out = panda(*words, *shape)
+    assert status == 0
+    assert f"decoded at {'32 px on' if 'none' in shape[0] else '32 x 80 px'}" in out
+    assert ink(workdir / "check-data-imagefolder.png") > 0.05

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from panda_lightning import DN2, PANDA, SPADE, PandaError, SampleWiseEarlyStopping
+from panda_lightning import DN2, PANDA, SPADE, PandaError, PatchCore, SampleWiseEarlyStopping
 from panda_lightning.detectors.exported import from_checkpoint
 from panda_lightning.pictures.loose import pointed_at
 from panda_lightning.pictures.pixels import Intensity
@@ -47,6 +47,22 @@ def run_onnx(path, pictures):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {"images": np.stack(pictures).transpose(0, 3, 1, 2)}), strict=True))
+
+
+def test_a_file_makes_rectangles_of_pictures(tmp_path, folder):
+    path = saved(PatchCore("panda_tiny", coreset=0.2), folder, tmp_path, image_size=[32, 64], crop="center")
+    export.export(path, tmp_path / "detector.onnx")
+    pictures = [np.random.default_rng(n).integers(0, 256, (50, 70, 3), dtype=np.uint8) for n in range(3)]
+    found, wanted = run_onnx(tmp_path / "detector.onnx", pictures), from_checkpoint(path).score(pictures)
+    np.testing.assert_allclose(found["score"], wanted.score, rtol=1e-4)
+    assert found["map"].shape == wanted.maps.shape == (3, 32, 64)
+
+
+def test_pictures_that_keep_their_shape_are_refused(tmp_path, folder):
+    path = saved(DN2("panda_tiny"), folder, tmp_path, crop="none")
+    with pytest.raises(PandaError, match="an exported file resizes all pictures to one size.*made with crop=none"):
+        export.export(path, tmp_path / "detector.onnx")
+    assert not (tmp_path / "detector.onnx").exists()
 
 
 def facts(path):
@@ -98,6 +114,14 @@ def test_features_and_patches_of_a_vision_transformer(tmp_path, folder):
     assert max(proof.largest, proof.largest_map) < 1e-4
 
 
+@pytest.mark.parametrize(("method", "ending"), [(PatchCore, "onnx"), (SPADE, "pt2")])
+def test_tiles_that_overlap_are_part_of_the_graph(tmp_path, folder, method, ending):
+    detector = method("panda_tiny", levels=(2, 3), tile=64, overlap=32)
+    path = saved(detector, folder, tmp_path, image_size=100)  # the last tiles end beyond the border
+    proof = export.export(path, tmp_path / f"detector.{ending}", pointed_at(folder / "test/stripe"))
+    assert max(proof.largest, proof.largest_map) < 1e-5
+
+
 def test_ses_has_the_networks_of_all_times(tmp_path, folder):
     (tmp_path / "ck").mkdir()
     detector, ses = PANDA(**ADAPT, ewc_weight=0), SampleWiseEarlyStopping(keep_snapshots=True)
@@ -115,7 +139,7 @@ def test_ses_has_the_networks_of_all_times(tmp_path, folder):
     np.testing.assert_allclose(found["ses_score"], ses.score, rtol=1e-5)
     assert (tmp_path / "True.onnx").stat().st_size < 0.6 * (tmp_path / "False.onnx").stat().st_size
     (tmp_path / "copy.ckpt").write_bytes(path.read_bytes())  # without what SES kept beside it
-    with pytest.warns(UserWarning, match="The file has no ses_score: SES scores new images by the networks of all"):
+    with pytest.warns(UserWarning, match="The file has no ses_score: SES scores new images with the networks saved"):
         export.export(tmp_path / "copy.ckpt", tmp_path / "copy.onnx")
     assert "ses_score" not in run_onnx(tmp_path / "copy.onnx", pictures)
 
@@ -217,8 +241,8 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
     with pytest.raises(SystemExit) as ended:
         main(["export", f"--ckpt_path={path}", "-o", str(output), f"--format={'onnx' if kind == 'onnx' else 'torch'}",
               f"--verify={folder / 'train'}"])  # fmt: skip
-    said = "the bank is not in it as it is in the detector" if what == "bank row" else "score of picture"
-    assert f"is not kept, for it does not give the detector's scores: {said}" in str(ended.value.code)
+    said = "its bank is not that of the detector" if what == "bank row" else "score of picture"
+    assert f"is not kept, because it does not give the detector's scores: {said}" in str(ended.value.code)
     assert not list(output.parent.iterdir())
 
 
@@ -277,8 +301,8 @@ def test_what_cannot_be_exported_ends_in_a_sentence(tmp_path, folder, monkeypatc
     assert "nowhere.ckpt is not a file" in refused(tmp_path, f"--ckpt_path={tmp_path / 'nowhere.ckpt'}")
     (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:5000])
     assert "is broken" in refused(tmp_path, f"--ckpt_path={tmp_path / 'broken.ckpt'}")
-    assert "let its name end in .pt2" in refused(tmp_path, given, "--format=torch")
-    assert "--opset=99 is beyond what onnxruntime" in refused(tmp_path, given, "--opset=99")
+    assert "choose a name that ends in .pt2" in refused(tmp_path, given, "--format=torch")
+    assert "--opset=99 is too new for onnxruntime" in refused(tmp_path, given, "--opset=99")
     (tmp_path / "empty").mkdir()
     assert "there are no images in" in refused(tmp_path, given, f"--verify={tmp_path / 'empty'}")
     (tmp_path / "empty/x.png").write_text("no picture")
@@ -320,7 +344,7 @@ def test_a_class_of_the_users_own_is_itself_and_never_one_of_ours(tmp_path, fold
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "elsewhere.DN2"
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(PandaError, match=r"is of elsewhere\.DN2, which is no detector here"):
+    with pytest.raises(PandaError, match=r"is a checkpoint of elsewhere\.DN2, which is not a known detector"):
         from_checkpoint(tmp_path / "other.ckpt")
 
 
@@ -340,7 +364,7 @@ def test_a_checkpoint_of_another_class_or_without_a_bank_is_refused(tmp_path, fo
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "somebody.Elses"
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(PandaError, match=r"is of somebody.Elses, which is no detector here: known are .*DN2, "):
+    with pytest.raises(PandaError, match=r"is a checkpoint of somebody.Elses, which is not a known detector .*DN2, "):
         export.export(tmp_path / "other.ckpt", tmp_path / "d.onnx")
     checkpoint["hyper_parameters"]["_class_path"] = "panda_lightning.DN2"
     checkpoint["state_dict"]["_extra_state"]["derived"]["bank"] = None

@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(images, tmp_path, monkeypatch, 
     main(words(images, again, *options))
     first = 8 if "--batch" in options else 32
     assert sum(steps) == 43 - first
-    assert f"({first} of them earlier)" in capsys.readouterr().out
+    assert f"({first} of them from an earlier run)" in capsys.readouterr().out
     a, b = load_file(whole), load_file(again)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-7 * float(value.max()))
@@ -101,8 +101,8 @@ def test_two_processes_are_one(images, tmp_path):
     ("more", "says"),
     [
         (["--per-sample", "--batch", "4"], "two estimators: choose one"),
-        (["--batch", "100"], "needs so many images, and there are 43"),
-        (["--data", "nowhere"], "--data nowhere holds no images"),
+        (["--batch", "100"], "needs 100 or more images, but there are 43"),
+        (["--data", "nowhere"], "--data nowhere has no images"),
     ],
 )
 def test_what_cannot_work_is_refused(images, tmp_path, more, says):
@@ -115,7 +115,7 @@ def test_folders_that_are_no_classes_are_named(images, tmp_path):
     next(images.iterdir()).rename(images / "zebu")
     with pytest.raises(SystemExit) as refusal:
         main(words(images, tmp_path / "f.safetensors", "--labels", "true"))
-    assert "1 folders such as zebu are named as no class of resnet10t" in str(refusal.value)
+    assert "1 folders such as zebu do not have the name of a class of resnet10t" in str(refusal.value)
 
 
 def test_imagenet_heads_know_synsets_and_names():

@@ -82,5 +82,5 @@ def test_pictures_that_are_elsewhere_are_said(table, workdir):
 def test_another_file_is_refused(workdir, text):
     if text is not None:
         (workdir / "t.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match=r"t.jsonl is no predictions.jsonl"):
+    with pytest.raises(SystemExit, match=r"t.jsonl is not a predictions.jsonl"):
         main(["gallery", "t.jsonl"])

@@ -93,8 +93,11 @@ def test_lists_of_paths_and_of_names_are_left_out(folder, workdir, kind):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train/spot/nowhere.png", "lists 1 of 1 that are no normal training images, such as train/spot/nowhere.png"),
-        (None, "out.txt is no list of paths"),
+        (
+            "train/spot/nowhere.png",
+            "lists 1 entries, but 1 of them are not normal training images, such as train/spot/nowhere.png",
+        ),
+        (None, "out.txt is not a list of paths"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(folder, workdir, text, said):
@@ -108,12 +111,12 @@ def test_leaving_nearly_all_out_is_refused(folder, workdir):
     data = ImageFolder(str(folder), normal_class="spot")
     (workdir / "out.txt").write_text("\n".join(data.names(data.normal_images)[1:]))
     data.leave_out = "out.txt"
-    with pytest.raises(PandaError, match="leaves 1 of 45"):
+    with pytest.raises(PandaError, match="leaves only 1 of 45"):
         _ = data.normal_images
 
 
 def test_too_few_images_for_k_are_refused(folder):
-    with pytest.raises(SystemExit, match="k=45 neighbours of an image need 46 images or more, and there are 45"):
+    with pytest.raises(SystemExit, match="k=45 neighbours of an image need 46 images or more, but there are 45"):
         main([*words(folder), "--k=45"])
 
 
@@ -150,7 +153,9 @@ def test_images_that_are_held_back_are_looked_at_too(folder, workdir):
 def test_a_table_ends_in_csv_and_a_gpu_must_be_there(folder):
     import torch
 
-    with pytest.raises(SystemExit, match=r"--output=s.jsonl is a table: let its name end in .csv"):
+    with pytest.raises(
+        SystemExit, match=r"--output=s.jsonl is not a name for a CSV table: choose a name that ends in .csv"
+    ):
         main([*words(folder)[:-1], "s.jsonl"])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="accelerator=cuda, but torch finds no GPU here"):

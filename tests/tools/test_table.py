@@ -48,7 +48,9 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
     assert main(["table", "--merge=a,b", "--folder=both"]) == 0
     merged = capsys.readouterr().out
     assert main([*words, "--folder=whole"]) == 0
-    tables = [sorted(csv.DictReader(Path(f, "table.csv").read_text().splitlines()), key=str) for f in ("both", "whole")]
+    tables = [
+        sorted(csv.DictReader(Path(f, "table.csv").read_text("utf-8").splitlines()), key=str) for f in ("both", "whole")
+    ]
     for one, other in zip(*tables, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     aurocs = [float(row["auroc"]) for row in tables[0] if row["method"] == "dn2"]
@@ -71,9 +73,9 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
         (("--config=digits.yaml", "--folder=digits.yaml"), "--folder=digits.yaml is a file"),
         (("--config=digits.yaml", "--methods=dn2,dn2"), "the method dn2 is named twice"),
         (("--config=digits.yaml", "--seeds=a"), "--seeds=a are not whole numbers"),
-        (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is no part"),
+        (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is not a part"),
         (("--merge=x",), "--merge needs --folder"),
-        (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is no logger: choose from"),
+        (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is not a logger: choose from"),
         (("--config=digits.yaml", "--loggers=CometLogger"), "CometLogger needs the package comet_ml"),
         (("--merge=x", "--folder=y"), "x has no rows"),
     ],
@@ -196,7 +198,7 @@ def test_a_row_that_was_damaged_is_named(study, workdir):
     (path,) = (workdir / "a/rows").glob("*.json")
     whole = path.read_text()
     path.write_text(whole[:100])
-    for part, said in ((path, "is no row of a table"), (path.with_suffix(".npz"), "has lost its scores")):
+    for part, said in ((path, "is not a row of a table"), (path.with_suffix(".npz"), "has no scores any more")):
         path.write_text(whole[:100] if part == path else whole)
         part.unlink() if part != path else None
         with pytest.raises(SystemExit) as ended:
@@ -217,4 +219,4 @@ def test_a_table_that_is_stopped_says_that_it_goes_on(study, workdir, monkeypatc
             with pytest.raises(SystemExit) as ended:
                 main(words)
         assert ended.value.code == status
-        assert "Stopped with 0 of 1 rows: the same command goes on from here." in capsys.readouterr().out
+        assert "Stopped with 0 of 1 rows: run the same command to continue." in capsys.readouterr().out

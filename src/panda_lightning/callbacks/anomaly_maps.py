@@ -8,23 +8,25 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pytorch_lightning.loggers import WandbLogger
 from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.runtime.features import gather
+from panda_lightning.callbacks.media import alike
+from panda_lightning.callbacks.report import headline
+from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.whole import new_file
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, Scores
 
 
 class AnomalyMaps(pl.Callback):
-    """Draws the worst misses and the worst false alarms of a validation or test, worst first.
+    """Draws the anomalous images that stand out least and the normal ones that stand out most, as maps.png.
 
-    A miss is an anomalous image whose map is low within the mask (mean), or without masks one whose score is low; a
-    false alarm is a normal image whose score is high. Only one number an image is kept: the maps drawn are computed
-    again.
+    Anomalous images are ordered by the mean of their map within the mask, or without masks by their score. One is
+    called missed where normal images score higher, and a normal one a false alarm where anomalous images score lower.
+    Only one number an image is kept: the maps drawn are computed again.
     """
 
     ROWS = 8  # of each kind
@@ -66,23 +68,23 @@ class AnomalyMaps(pl.Callback):
             return
         order = seen.argsort(stable=True)
         chosen = [*order[label[order] == 1][: self.ROWS], *order[label[order] == 0].flip(0)[: self.ROWS]]
-        rows = index[torch.stack(chosen)].tolist()
-        batch = loader.dataset.__getitems__(rows)
-        with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            found = detector.predict_step(trainer.strategy.batch_to_device(batch), 0)
         names = detector.data.names(loader.dataset.images)
-        panels = [
-            Panel(
-                f"{'/'.join(names[row].split('/')[-2:])}\nscore {score:.4g}",
-                bool(batch["label"][i]),
-                batch["image"][i].permute(1, 2, 0).numpy(),
-                found["map"][i].cpu().numpy(),
-                batch["mask"][i].numpy() if "mask" in batch else None,
-            )
-            for i, (row, score) in enumerate(zip(rows, found["score"].tolist(), strict=True))
-        ]
+        rows, drawn = index[torch.stack(chosen)], {}
+        for some, batch in loader.dataset.batches(rows):
+            with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                found = detector.predict_step(trainer.strategy.batch_to_device(batch), 0)
+            anomalous = [bool(label) for label in batch["label"]]
+            for i, (row, score) in enumerate(zip(some.tolist(), found["score"].tolist(), strict=True)):
+                drawn[row] = Panel(
+                    f"{'/'.join(names[row].split('/')[-2:])}\n{verdict(score, anomalous[i], detector.scores)}",
+                    anomalous[i],
+                    batch["image"][i].permute(1, 2, 0).numpy(),
+                    found["map"][i].cpu().numpy(),
+                    batch["mask"][i].numpy() if "mask" in batch else None,
+                )
+        panels = [drawn[row] for row in rows.tolist()]
         folder.mkdir(parents=True, exist_ok=True)
-        draw(folder / "maps.png", panels, detector.value_range, detector.threshold)
+        draw(folder / "maps.png", panels, detector.value_range, detector.threshold, headline(detector))
         log(trainer, panels, detector)
         console = get_console()
         console.print(f"Anomaly maps: {folder / 'maps.png'}", soft_wrap=True)
@@ -90,7 +92,8 @@ class AnomalyMaps(pl.Callback):
             console.print(
                 f"Pixels: AUROC {m.auroc:.4f} (exact to {m.auroc_error:.0e}), PRO {m.pro:.4f} (to "
                 f"{detector.pixels.LIMIT:g} false positives), AP {m.ap:.4f}, best F1 {m.f1:.4f} (oracle); at "
-                f"{found['map'].shape[-1]} px, sigma {detector.sigma:g}",
+                f"{'the size of each image' if detector.map_size == 'original' else loader.dataset.view.pixels}, sigma "
+                f"{detector.sigma:g}",
                 soft_wrap=True,
             )
 
@@ -106,27 +109,47 @@ class Panel:
     mask: npt.NDArray[np.bool_] | None
 
 
-def draw(path: Path, panels: list[Panel], value_range: tuple[float, float], threshold: float | None) -> None:
-    """Draw misses on the left and false alarms on the right: image, map, outlines of mask and of the map's threshold.
+def verdict(score: float, anomalous: bool, scores: Scores) -> str:
+    """An image's score, and how many images of the other kind it is confused with."""
+    others = scores.score[scores.label == (0 if anomalous else 1)]
+    wrong = int((others > score).sum() if anomalous else (others < score).sum())
+    if not wrong:
+        return f"score {score:.4g}"
+    kind, other, where = ("missed", "normal", "higher") if anomalous else ("false alarm", "anomalous", "lower")
+    return f"score {score:.4g}, {kind}: {wrong} of {len(others)} {other} images score {where}"
+
+
+def draw(
+    path: Path, panels: list[Panel], value_range: tuple[float, float], threshold: float | None, title: str = ""
+) -> None:
+    """Draw anomalous images on the left and normal ones on the right: image, map, outlines of mask and threshold.
 
     Args:
         path: The picture's file.
         panels: Worst first.
         value_range: Least and largest value of all maps, the ends of the colours.
         threshold: Where the second outline is drawn; None for none.
+        title: What all of it is of.
     """
-    side, gap, line, top = 208, 6, 15, 60
+    side, gap, line, top = 208, 6, 15, 80
     parts = [[p for p in panels if p.anomalous == anomalous] for anomalous in (True, False)]
-    wide, high = 3 * (side + gap) + 2 * gap, side + 2 * line + gap
+    cells = [ImageOps.contain(Image.fromarray(panel.image), (side, side)).size for panel in panels] or [(side, side)]
+    across, down = (max(sides) for sides in zip(*cells, strict=True))  # strips leave no room for squares
+    wide, high = 3 * (across + gap) + 2 * gap, down + 2 * line + gap
     picture = Image.new("RGB", (2 * wide, top + max(map(len, parts)) * high), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    pen.text((gap, gap), title, "black", ImageFont.load_default(15))
     notes = f"image | map from {value_range[0]:.4g} (black) to {value_range[1]:.4g} (yellow) | outlines"
-    notes += " - green: mask" * any(p.mask is not None for p in panels)
+    masked = any(p.mask is not None for p in panels)
+    notes += " - green: mask" * masked
     notes += f" - red: map at {threshold:.4g}, best F1 of pixels (oracle)" if threshold is not None else ""
-    pen.text((gap, gap), notes, "black", font)
-    heads = ("Misses: lowest map within the mask first", "False alarms: highest score first")
+    pen.text((gap, gap + 22), notes, "black", font)
+    heads = (
+        f"Anomalous images, lowest {'map within the mask' if masked else 'score'} first",
+        "Normal images, highest score first",
+    )
     for i, (part, head) in enumerate(zip(parts, heads, strict=True)):
-        pen.text((gap + i * wide, gap + 2 * line), head, "black", ImageFont.load_default(15))
+        pen.text((gap + i * wide, gap + 3 * line), head, "black", ImageFont.load_default(15))
         for j, panel in enumerate(part):
             outlined = panel.image
             if panel.mask is not None:
@@ -135,8 +158,8 @@ def draw(path: Path, panels: list[Panel], value_range: tuple[float, float], thre
                 outlined = outline(outlined, panel.map >= threshold, (255, 0, 0))
             pen.text((gap + i * wide, top + j * high), panel.title, "black", font)
             for n, shown in enumerate((panel.image, coloured(panel.map, value_range), outlined)):
-                cell = Image.fromarray(shown).resize((side, side))
-                picture.paste(cell, (gap + i * wide + n * (side + gap), top + j * high + 2 * line))
+                cell = ImageOps.contain(Image.fromarray(shown), (side, side))
+                picture.paste(cell, (gap + i * wide + n * (across + gap), top + j * high + 2 * line))
     with new_file(path) as new:
         picture.save(new, format="png")
 
@@ -144,13 +167,17 @@ def draw(path: Path, panels: list[Panel], value_range: tuple[float, float], thre
 def coloured(
     values: npt.NDArray[np.float32], value_range: tuple[float, float], image: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Colours (H, W, 3) of a map (H, W), black to yellow over the range; over an image, half and half."""
+    """Colours (H, W, 3) of a map (H, W), black to yellow over the range; over an image, half and half.
+
+    Where the map is NaN there is no colour: the image stays as it is.
+    """
     from matplotlib import colormaps
 
     low, high = value_range
     colours = colormaps["inferno"]((values - low) / max(high - low, 1e-12), bytes=True)[..., :3]
-    mixed: npt.NDArray[np.uint8] = colours if image is None else colours // 2 + image // 2
-    return mixed
+    if image is None:
+        return np.asarray(colours)
+    return np.where(np.isnan(values)[..., None], image, colours // 2 + image // 2)
 
 
 def outline(
@@ -170,13 +197,14 @@ def log(trainer: pl.Trainer, panels: list[Panel], detector: Any) -> None:
         import wandb
 
         labels = {0: "normal", 1: "anomalous"}
-        images = []
-        for panel in panels:
+        images, sized = [], alike([panel.image for panel in panels])
+        for panel, image in zip(panels, sized, strict=True):
             masks = {} if panel.mask is None else {"ground_truth": panel.mask}
             masks |= {} if detector.threshold is None else {"found": panel.map >= detector.threshold}
+            masks = {kind: alike([mask, image[..., 0]])[0] for kind, mask in masks.items()}
             images.append(
                 wandb.Image(
-                    panel.image,
+                    image,
                     caption=panel.title,
                     masks={k: {"mask_data": m.astype(np.uint8), "class_labels": labels} for k, m in masks.items()},
                 )

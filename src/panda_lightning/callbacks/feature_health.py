@@ -8,6 +8,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from panda_lightning.formulas import feature_health
+from panda_lightning.runtime.systems import widenable
 
 ROWS = 1000  # images that are looked at, evenly spaced
 COLLAPSED = 0.1  # of the effective rank before training; the least in 24 long runs was .66
@@ -34,15 +35,16 @@ class FeatureHealth(pl.Callback):
             return
         step = -(-len(pl_module.bank) // ROWS)
         distances, rows = pl_module.others(min(NEIGHBOURS, len(pl_module.bank) - 1), step)
-        scores = distances[:, : pl_module.k].sum(dim=1).double()
+        scores = widenable(distances[:, : pl_module.k].sum(dim=1)).double()
         features = pl_module.bank[::step].float()
         rank = feature_health.effective_rank(features)
         if not pl_module.steps_trained:
             pl_module.first_neighbours, pl_module.first_rank = rows.cpu(), rank
         elif pl_module.first_rank is not None and rank < COLLAPSED * pl_module.first_rank:
             rank_zero_warn(
-                f"The features of the normal images have collapsed: their effective rank is {rank:.3g} after "
-                f"{pl_module.first_rank:.3g} before training. Train fewer epochs, or raise model.ewc_weight."
+                "The features of the normal images have collapsed: their effective rank fell from "
+                f"{pl_module.first_rank:.3g} before training to {rank:.3g}. Train fewer epochs, or raise "
+                "model.ewc_weight."
             )
         values = {
             "effective_rank": rank,

@@ -53,8 +53,9 @@ class Health(pl.Callback):
             one, bar = (now - begin) / timed, cast(Any, trainer.progress_bar_callback)
             line = "" if bar is None or bar.is_disabled else "\n"  # the bar stands on this one
             rank_zero_info(
-                f"{line}An epoch takes {_spoken(one)}{' with its validation' if trainer.enable_validation else ''}: "
-                f"about {_spoken(one * left)} for the {left} that remain."
+                f"{line}An epoch takes "
+                f"{_spoken(one)}{' with its validation' if trainer.enable_validation else ''}: about "
+                f"{_spoken(one * left)} for the remaining {left}."
             )
 
     @override
@@ -123,7 +124,8 @@ def _say_if_nothing_moved(detector: Any, distance: Tensor | None) -> None:
     if abs(after - before) <= STILL * before and distance <= STILL * start:
         clip = detector.grad_clip
         rank_zero_warn(
-            f"Training moved nothing: compactness {after:.4g} after {before:.4g}, {detector.steps_trained} steps "
+            f"Training changed almost nothing: compactness is {after:.4g} after {detector.steps_trained} steps "
+            f"and was {before:.4g} before, "
             + (f"with gradients clipped to {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
             + f"train more epochs, or raise {'model.grad_clip or ' if clip else ''}model.lr."
         )
@@ -134,7 +136,7 @@ def _say_if_partial(detector: Any, loader: Any) -> None:
     scored, there = len(detector.scores.score), len(loader.dataset)
     if scored < there:
         rank_zero_warn(
-            f"AUROC is that of the first {scored} of {there} test images: data.test_limit takes evenly spaced ones."
+            f"AUROC covers only the first {scored} of {there} test images: set data.test_limit for evenly spaced ones."
         )
 
 

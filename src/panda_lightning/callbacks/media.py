@@ -1,9 +1,11 @@
 """Pictures for W&B: histogram of scores, ROC curve, most and least anomalous images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
@@ -53,9 +55,9 @@ class Media(pl.Callback):
             import wandb
             from sklearn.metrics import roc_curve
 
-            if pl_module.scores is None:
-                return
             found = pl_module.scores
+            if found is None or not found.score.numel():  # a folder without test images
+                return
             scores, labels = found.score.numpy(), found.label.numpy()
             media: dict[str, Any] = {"epochs_trained": pl_module.epochs_trained}
             if 0 < labels.sum() < len(labels):
@@ -68,8 +70,9 @@ class Media(pl.Callback):
                 ("least_anomalous", order[: self.IMAGES]),
                 ("most_anomalous", order[::-1][: self.IMAGES]),
             ):
-                pixels = loader.dataset.pictures(found.index[chosen.copy()]).permute(0, 2, 3, 1).numpy()
-                near = _nearest(trainer, pl_module, loader, found.index[chosen.copy()].tolist())
+                rows = found.index[chosen.copy()]
+                pixels = alike([loader.dataset.pictures(row)[0].permute(1, 2, 0).numpy() for row in rows.split(1)])
+                near = _nearest(trainer, pl_module, loader, rows)
                 captions = [
                     f"{'anomalous' if labels[i] else 'normal'}, score {scores[i]:.4g}{nearest}"
                     for i, nearest in zip(chosen, near, strict=True)
@@ -78,22 +81,28 @@ class Media(pl.Callback):
             run.log(media)
 
 
+def alike(pictures: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Pictures (H, W, ...) as large as the largest, with zeros to the right and below: W&B takes one size in a list."""
+    height, width = (max((picture.shape[i] for picture in pictures), default=0) for i in range(2))
+    rest = [((0, height - p.shape[0]), (0, width - p.shape[1]), *[(0, 0)] * (p.ndim - 2)) for p in pictures]
+    return [np.pad(picture, sides) for picture, sides in zip(pictures, rest, strict=True)]
+
+
 def _runs(trainer: pl.Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
-def _nearest(trainer: pl.Trainer, detector: Any, loader: Any, rows: list[int]) -> list[str]:
+def _nearest(trainer: pl.Trainer, detector: Any, loader: Any, rows: torch.Tensor) -> list[str]:
     """The normal images nearest to some images, in words; nothing where they cannot be told by one process."""
-    if getattr(detector, "shard_bank", False) or not rows:
-        return [""] * len(rows)
-    batch = trainer.strategy.batch_to_device(loader.dataset.__getitems__(rows))
-    with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        found = detector.predict_step(batch, 0)
-    if "neighbour" not in found:
-        return [""] * len(rows)
-    names = [Path(name).name for name in detector.bank_names] or [str(i) for i in range(len(detector.bank))]
-    pairs = zip(found["neighbour"].tolist(), found["distance"].tolist(), strict=True)
-    return [
-        "; nearest: " + ", ".join(f"{names[i]} ({d:.3g})" for i, d in list(zip(near, distances, strict=True))[:SHOWN])
-        for near, distances in pairs
-    ]
+    said = dict.fromkeys(rows.tolist(), "")
+    for some, batch in () if getattr(detector, "shard_bank", False) else loader.dataset.batches(rows):
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            found = detector.predict_step(trainer.strategy.batch_to_device(batch), 0)
+        if "neighbour" not in found:
+            break
+        names = [Path(name).name for name in detector.bank_names] or [str(i) for i in range(len(detector.bank))]
+        triples = zip(some.tolist(), found["neighbour"].tolist(), found["distance"].tolist(), strict=True)
+        for row, near, distances in triples:
+            nearest = list(zip(near, distances, strict=True))[:SHOWN]
+            said[row] = "; nearest: " + ", ".join(f"{names[i]} ({d:.3g})" for i, d in nearest)
+    return list(said.values())

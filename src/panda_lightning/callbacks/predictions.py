@@ -1,17 +1,16 @@
 """What ``lightning predict`` leaves behind: a table of scores, and anomaly maps."""
 
 import csv
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
+import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -20,37 +19,54 @@ from typing_extensions import override
 from panda_lightning.arguments import Checked, OpenShare
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
 from panda_lightning.formulas.conformal import benjamini_hochberg, discoverable, flagged
+from panda_lightning.pictures.pixels import Source
+from panda_lightning.pictures.view import MapSize
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.results import Calibration, flat, level_of, results
+from panda_lightning.runtime.systems import lock
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
 
 PART = "predictions.part-"  # files of rows as they come: one of each process of each attempt
 
 
+def own_size(asked: MapSize | None, detector: Any) -> bool:
+    """Whether maps are to have the pixels of each image: as asked for, else as the detector's metrics take them."""
+    return (asked or getattr(detector, "map_size", "view")) == "original"
+
+
 class Predictions(Checked, pl.Callback):
-    """Writes a row an image, in the data set's order, to predictions.csv and predictions.jsonl in the run's folder.
+    """Writes one row per image, in the data set's order, to predictions.csv and predictions.jsonl in the run's folder.
 
-    A row has path, score, p_value, anomalous, the nearest normal images with their distances, and why an image cannot
-    be read, if so (runtime/results.py). Rows are written as they come, so that memory does not grow with their number.
-    Where a run on loose images was cut short, the same command goes on from what is in the log's other folders.
+    A row has path, score, p_value, anomalous, the nearest normal images with their distances and, for an unreadable
+    image, the reason (runtime/results.py). Rows are written immediately, so memory does not grow with their number. If
+    a run on unlabelled images was interrupted, the same command continues from the rows in the log's other folders.
 
-    From a detector with maps, ``maps/<path>.npy`` holds the map, (H, W) float32, and ``maps/<path>.png`` the image
-    under its colours, which span the maps of the test that saved the checkpoint, or else this map; the outline is that
-    test's threshold of best F1 (oracle). <path> has its ending (``maps/cam.png.npy``), since ``cam.jpg`` may lie beside
-    ``cam.png``.
+    If the detector makes maps, ``maps/<path>.npy`` is the map, (H, W) float32, and ``maps/<path>.png`` shows it in
+    colour over the image. The colours span the range of maps in the test that saved the checkpoint, or the range of
+    this map if there was no test; the outline is that test's threshold of best F1 (oracle). <path> keeps its ending
+    (``maps/cam.png.npy``), because a folder may contain both ``cam.jpg`` and ``cam.png``.
 
     Args:
-        alpha: An image is anomalous where its p-value is no larger; None is .05, where the calibration allows it.
-        alpha_fdr: Mark in ``anomalous_fdr`` images of which at most this share is normal, on average: Benjamini and
-            Hochberg over the p-values of the finished table.
-        maps: Draw for DN2, PANDA and MSC how each distance is made up over the image.
+        alpha: An image is anomalous if its p-value is at most alpha; None is .05, if the calibration allows it.
+        alpha_fdr: Mark images in ``anomalous_fdr`` so that on average at most this share of them is normal: Benjamini
+            and Hochberg's procedure over the p-values of the finished table.
+        maps: For DN2, PANDA and MSC, draw how much each part of the image contributes to the distance.
+        map_size: Write maps at the size of the network's input (view), or at the size of each image (original): pixels
+            outside the crop are then NaN and not coloured. None uses the detector's ``map_size``, if it has one.
     """
 
-    def __init__(self, alpha: OpenShare | None = None, alpha_fdr: OpenShare | None = None, maps: bool = False) -> None:
+    def __init__(
+        self,
+        alpha: OpenShare | None = None,
+        alpha_fdr: OpenShare | None = None,
+        maps: bool = False,
+        map_size: MapSize | None = None,
+    ) -> None:
         self.alpha = alpha
         self.alpha_fdr = alpha_fdr
         self.maps = maps
+        self.map_size = map_size
         self._identity = ""  # of what is scored by what; empty where no attempt can go on
         self._earlier: list[BinaryIO] = []  # parts of attempts that were cut short; open, so that they stay locked
         self._sentences: list[str] = []
@@ -64,7 +80,8 @@ class Predictions(Checked, pl.Callback):
             images: They; see pictures.loose.Loose.
         """
         folder, done = _folder(trainer), []
-        self._identity = fingerprint(detector.scored_by, detector.origin, images.fingerprint(), self.maps)
+        drawn = (self.maps, own_size(self.map_size, detector))
+        self._identity = fingerprint(detector.scored_by, detector.origin, images.fingerprint(), drawn)
         if trainer.is_global_zero:
             versions = folder.parent.glob("version_*") if folder.name.startswith("version_") else [folder]
             found = [_taken(part, self._identity) for v in sorted(versions) for part in sorted(v.glob(f"{PART}*"))]
@@ -84,8 +101,7 @@ class Predictions(Checked, pl.Callback):
         self._attempt = trainer.strategy.broadcast(uuid4().hex[:8])
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = (self._folder / f"{PART}{self._attempt}-{trainer.global_rank}.jsonl").open("wb")
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # others must not take it for one cut short
+        lock(self._file.fileno())  # others must not take it for one cut short
         self._write([{"identity": self._identity}])
 
     @override
@@ -97,8 +113,9 @@ class Predictions(Checked, pl.Callback):
         if not self._begun:  # the bank is there by now
             self._begun, self._calibration = True, pl_module.calibration
             self._level = level_of(self._calibration, self.alpha, self.alpha_fdr)
-            shown = trainer.predict_dataloaders.dataset.images  # type: ignore[union-attr]
-            self._paths, self._names = shown.paths(), pl_module.data.names(shown)
+            dataset = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
+            shown, self._view = dataset.images, dataset.view
+            self._paths, self._names, self._sources = shown.paths(), pl_module.data.names(shown), shown.sources
         real = (outputs["index"] >= 0).nonzero().flatten()  # of no images there is a filler
         index = outputs["index"][real].tolist()
         if not index:
@@ -113,6 +130,8 @@ class Predictions(Checked, pl.Callback):
             images = batch["image"][real].permute(0, 2, 3, 1).cpu().numpy()
             for i, image, values, reason in zip(index, images, part.maps, reasons, strict=True):
                 if not reason:
+                    if own_size(self.map_size, pl_module):
+                        image, values = self._sized(self._sources[i], values)
                     self._draw(pl_module, self._names[i], image, values)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -121,16 +140,24 @@ class Predictions(Checked, pl.Callback):
             self._file.flush()
         except OSError as error:
             raise PandaError(
-                f"the scores could not be written ({error}). What was written stays: make room and give the same "
-                "command again, which then goes on."
+                f"the scores could not be written ({error}). Scores written so far are kept: free disk space and "
+                "run the same command again to continue."
             ) from error
+
+    def _sized(
+        self, source: Source, values: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+        """An image (H, W, 3) and its map (H, W) in its own pixels."""
+        picture = self._view.open(source).rgb(self._view.intensity)
+        return np.asarray(picture), self._view.undone(torch.from_numpy(values), picture.size).numpy()
 
     def _draw(self, detector: Any, name: str, image: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None:
         self._drew = True
-        path = self._folder / "maps" / Path(*(part for part in Path(name).parts if part not in ("/", "..")))
+        own = (part for part in Path(name).parts if part not in (Path(name).anchor, ".."))  # stays in this folder
+        path = self._folder / "maps" / Path(*own)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(f"{path}.npy", values)
-        span = getattr(detector, "value_range", None) or (float(values.min()), float(values.max()))
+        span = getattr(detector, "value_range", None) or (float(np.nanmin(values)), float(np.nanmax(values)))
         shown = coloured(values, span, image)
         if getattr(detector, "threshold", None) is not None:
             shown = outline(shown, values >= detector.threshold, (255, 255, 255))
@@ -171,7 +198,7 @@ class Predictions(Checked, pl.Callback):
         marked = None if self.alpha_fdr is None else benjamini_hochberg(p, self.alpha_fdr)
         bad = anomalous = 0
         jsonl, table = self._folder / "predictions.jsonl", self._folder / "predictions.csv"
-        with new_file(jsonl) as one, one.open("w") as lines, new_file(table) as two, two.open("w", newline="") as file:
+        with new_file(jsonl) as one, _text(one) as lines, new_file(table) as two, _text(two) as file:
             widest = max(_rows(places, order), key=lambda row: len(row.get("neighbours", ())))
             columns = csv.DictWriter(file, list(flat(_decided(widest, self._level, marked, 0))), restval="")
             columns.writeheader()
@@ -181,10 +208,11 @@ class Predictions(Checked, pl.Callback):
                 columns.writerow(flat(decided))
                 bad += decided["unreadable"] is not None
                 anomalous += decided["anomalous"] is True
+        for earlier in self._earlier:
+            earlier.truncate(0)  # nobody takes it up between its end and its removal; Windows removes no open file
+            earlier.close()
         for part in parts:
             part.unlink(missing_ok=True)
-        for earlier in self._earlier:
-            earlier.close()
         self._earlier = []
         written = f"Scores written to {table}" + (f", maps to {self._folder / 'maps'}" if self._drew else "")
         self._sentences = [written, *self._said(len(order), bad, anomalous, marked)]
@@ -197,28 +225,34 @@ class Predictions(Checked, pl.Callback):
         """What the decisions mean, and what they do not."""
         calibration = self._calibration
         if calibration is None:
-            yield "No p-values: train with data.calibration_fraction=0.2 to have them, and decisions."
+            yield "No p-values and no decisions: to get them, train with data.calibration_fraction=0.2."
             return
-        yield f"The p-values rest on {calibration.words}."
+        yield f"The p-values are computed from {calibration.words}."
         if self._level is None:
             yield (
-                f"No decisions: alpha=0.05 needs 19 calibration images, and there are {len(calibration.scores)}: the "
-                f"least alpha that they allow is {1 / (len(calibration.scores) + 1):.3g}."
+                f"No decisions: alpha=0.05 needs 19 calibration images, but there are {len(calibration.scores)}. "
+                f"The smallest alpha that they allow is {1 / (len(calibration.scores) + 1):.3g}."
             )
         else:
             yield (
-                f"{anomalous} of {count - bad} images are anomalous at alpha={self._level:g}. Of new normal images, "
-                f"{'about' if calibration.kind != 'held out' else 'at most'} {self._level:.1%} are flagged on average, "
-                "if they are like those of the calibration. Nothing is promised about other images, nor about how many "
-                "of the flagged are normal (for that see alpha_fdr)."
+                f"{anomalous} of {count - bad} images are anomalous at alpha={self._level:g}. On average "
+                f"{'about' if calibration.kind != 'held out' else 'at most'} {self._level:.1%} of new normal "
+                "images are flagged, if they are similar to the calibration images. There is no guarantee for "
+                "other images, or for how many of the flagged images are normal (for that see alpha_fdr)."
             )
         if marked is not None and self.alpha_fdr is not None:
             least, n = discoverable(count - bad, len(calibration.scores), self.alpha_fdr), len(calibration.scores)
-            possible = f"either none or at least {least}" if least <= count - bad else "none: hold more images back"
+            possible = f"only be 0 or at least {least}" if least <= count - bad else "only be 0: hold back more images"
             yield (
-                f"{marked.sum()} are discoveries at alpha_fdr={self.alpha_fdr:g}: at most that share of them is "
-                f"normal, on average. With {n} calibration images and {count - bad} to decide on there are {possible}."
+                f"{marked.sum()} images are marked at alpha_fdr={self.alpha_fdr:g}: on average at most that "
+                f"share of them is normal. With {n} calibration images and {count - bad} images to decide on, "
+                f"the number of marked images can {possible}."
             )
+
+
+def _text(path: Path) -> TextIO:
+    """A file to write text into, the same bytes on every system."""
+    return path.open("w", encoding="utf-8", newline="")
 
 
 def _folder(trainer: pl.Trainer) -> Path:
@@ -232,8 +266,7 @@ def _taken(part: Path, identity: str) -> BinaryIO | None:
     except OSError:
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if json.loads(file.readline())["identity"] == identity:
+        if lock(file.fileno()) and json.loads(file.readline())["identity"] == identity:
             return file
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -1,17 +1,14 @@
 """Rebuild the kNN index from features of the moment, before anything is scored."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
-from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
+
+from panda_lightning.runtime.averages import as_saved
+from panda_lightning.runtime.checkpoints import save_beside
 
 
 class RebuildIndex(pl.Callback):
@@ -38,7 +35,7 @@ class RebuildIndex(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         each = trainer.check_val_every_n_epoch == 1 and getattr(trainer, "val_check_interval", None) == 1
         if each or not trainer.enable_validation:  # else checkpoints are written after validations
-            with _as_saved(trainer, pl_module):
+            with as_saved(trainer, pl_module):
                 if not pl_module.bank_is_fresh:
                     pl_module.rebuild_bank()
                     pl_module.fit_index()
@@ -75,30 +72,9 @@ class RebuildIndex(pl.Callback):
         self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, detector: Any) -> None:
-        """Keep a bank that was made without training, and would be lost otherwise; beside others, never over them."""
-        folder = trainer.log_dir  # asks all processes
-        if detector.learns or not self._made or not folder:
-            return
-        path = trainer.strategy.broadcast(_free(Path(folder) / "checkpoints" / "last.ckpt"))
-        trainer.save_checkpoint(path, weights_only=True)
-        rank_zero_info(f"Network and bank saved in {path}")
-
-
-@contextmanager
-def _as_saved(trainer: pl.Trainer, detector: Any) -> Iterator[None]:
-    """Give the detector the weights that a checkpoint would hold, which WeightAveraging does for validations."""
-    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    for average in averages:
-        average.on_validation_epoch_start(trainer, detector)
-    yield
-    for average in averages:
-        average.on_validation_epoch_end(trainer, detector)
-
-
-def _free(path: Path) -> Path:
-    """This path, or last-v1.ckpt, last-v2.ckpt, ... as Lightning's ModelCheckpoint counts."""
-    later = (path.with_stem(f"{path.stem}-v{n}") for n in count(1))
-    return next(p for p in chain([path], later) if not p.exists())
+        """Keep a bank that was made without training, and would be lost otherwise."""
+        if not detector.learns and self._made:
+            save_beside(trainer)
 
 
 def validate_now(trainer: pl.Trainer) -> None:

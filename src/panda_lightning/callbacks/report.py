@@ -22,12 +22,13 @@ Row = dict[str, float]
 
 FORMATS = {"epochs_trained": "{:g}", "val": "{:.5f}", "train": "{:.4g}", "seconds": "{:.1f}"}  # by a key's first part
 LOGGED = ("epochs_trained", "val", "train", "features")  # of a row, what loggers have too
-KEPT = ("epochs", "val/auroc", "features/")  # of what a validation logs
+KEPT = ("epochs", "features/")  # of what a validation logs, beside its AUROC
 HEADINGS = {
     "epochs_trained": "epochs",
     "val/auroc": "AUROC",
     "val/auroc_ses": "AUROC SES",
     "val/auroc_oracle": "AUROC oracle",
+    "val/auroc_autoencoder": "AUROC autoencoder",
     "train/ewc": "EWC",
     "seconds/train": "train s",
     "seconds/bank": "bank s",
@@ -96,7 +97,8 @@ class Report(pl.Callback):
         if not self._fitting:
             return
         seconds, metrics = self._lap(), trainer.callback_metrics
-        row = {name: float(value) for name, value in metrics.items() if name.startswith(KEPT)}
+        mine = (f"val/{pl_module.auroc_name}", "val/auroc_ses")  # the autoencoder's is an earlier epoch's
+        row = {name: float(v) for name, v in metrics.items() if name in mine or name.startswith(KEPT)}
         row.pop("features/ewc_share", None)  # the last epoch's: that of this one is known at its end
         row["step"] = float(trainer.global_step)
         if row["epochs_trained"]:
@@ -139,12 +141,12 @@ class Report(pl.Callback):
         scores, labels = pl_module.scores.score, pl_module.scores.label
         if self.rows:
             console.print(_table(self.rows, f"{type(pl_module.data).__name__}, {pl_module.method}"))
+        key = f"val/{pl_module.auroc_name}"
+        rows = [row for row in self.rows if key in row]  # Deep SVDD's autoencoder has another
         if not pl_module.scores.both:
             line = f"No {name}: {len(scores)} images scored, none of them {'normal' if labels.any() else 'anomalous'}"
-        elif self.rows:
-            first, last = self.rows[0], self.rows[-1]
-            key = f"val/{pl_module.auroc_name}"
-            best = max(self.rows, key=lambda row: row[key])
+        elif rows:
+            first, last, best = rows[0], rows[-1], max(rows, key=lambda row: row[key])
             line = (
                 f"{name} {last[key]:.4f} after {last['epochs_trained']:g} epochs, "
                 f"{first[key]:.4f} after {first['epochs_trained']:g} "
@@ -154,7 +156,7 @@ class Report(pl.Callback):
             line = f"{name} {auroc(scores, labels):.4f} of {len(scores)} images by {pl_module.method}"
         console.print(line, soft_wrap=True)
         if len(scores) and self.pictures:
-            draw(self._folder / "report.png", scores, labels, self.rows, name)
+            draw(self._folder / "report.png", scores, labels, self.rows, name, headline(pl_module))
             console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
@@ -173,7 +175,17 @@ def _table(rows: list[Row], title: str) -> Table:
     return table
 
 
-def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str = "AUROC") -> None:
+def headline(detector: Any) -> str:
+    """What a picture is of: data set, normal class, method and network."""
+    network = str(detector.hparams.get("backbone") or "")
+    network = Path(network).name if network.endswith(".ckpt") or network.startswith("local-dir:") else network
+    problem = detector.data.problem
+    named = f"{'anomalous' if problem['protocol'] == 'leave_one_out' else 'normal'}: {problem['normal_class']}"
+    parts = [type(detector.data).__name__, problem.get("category"), named, detector.method, network]
+    return ", ".join(filter(None, parts))
+
+
+def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str = "AUROC", title: str = "") -> None:
     """Draw report.png.
 
     Args:
@@ -182,17 +194,20 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         labels: (N,), 1 = anomalous.
         rows: What Report keeps; two or more give a third panel, AUROC over epochs.
         name: What AUROC is called.
+        title: See headline.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from sklearn.metrics import roc_curve
 
     both = 0 < labels.sum() < len(labels)
-    curves = both and len(rows) > 1
+    curve = [(row["epochs_trained"], row["val/auroc"]) for row in rows if "val/auroc" in row]
+    curves = both and len(curve) > 1
     told = {key for row in rows for key in row if key.startswith("features/")} if len(rows) > 1 else set()
     panels = 1 + int(both) + int(curves) + int(bool(told))  # scores, ROC curve, AUROC over epochs, features
     figure = Figure(figsize=(1 + 4 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     low, high = (
         float(scores.min()),
@@ -221,9 +236,9 @@ def draw(path: Path, scores: Tensor, labels: Tensor, rows: list[Row], name: str 
         axes[1].plot([0, 1], [0, 1], ":", color="grey")
         axes[1].set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if curves:
-        axes[2].plot(*zip(*((r["epochs_trained"], r["val/auroc"]) for r in rows), strict=True), "o-", markersize=3)
+        axes[2].plot(*zip(*curve, strict=True), "o-", markersize=3)
         axes[2].set(
-            title=f"AUROC over training{' (0 = untrained)' if not rows[0]['epochs_trained'] else ''}",
+            title=f"AUROC over training{' (0 = untrained)' if not curve[0][0] else ''}",
             xlabel="epochs trained",
             ylabel="AUROC",
         )

@@ -14,7 +14,8 @@ from typing_extensions import override
 from panda_lightning.arguments import Checked
 from panda_lightning.formulas.metrics import auroc
 from panda_lightning.runtime.checkpoints import checkpoint_folder, read_tensors
-from panda_lightning.runtime.features import gather
+from panda_lightning.runtime.gathering import gather
+from panda_lightning.runtime.sizes import in_words
 from panda_lightning.types import Batch, PandaError, Scores
 
 
@@ -23,13 +24,13 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
 
     .. math:: s(x) = \max_t \frac{s_t(x)}{\frac1N \sum_n s_t(x_n)}
 
-    t runs over all validations, the untrained network included; the mean is over the normal training images, none
-    counted as its own neighbour ("PANDA-SES" in the paper). No label is used. In ``fit`` only scores are kept, and
-    ``val/auroc_ses`` is the AUROC of SES so far, beside ``val/auroc`` of the epoch alone.
+    t runs over all validations, including that of the untrained network. The mean is over the normal training images;
+    no image is its own neighbour ("PANDA-SES" in the paper). No labels are used. ``fit`` keeps only scores and logs
+    ``val/auroc_ses``, the AUROC of SES so far, besides ``val/auroc`` of the current epoch.
 
     Args:
-        keep_snapshots: Write the adapted layers and the bank of each time beside the checkpoint, so that ``test`` and
-            ``predict`` can score new images by SES (``test/auroc_ses``, and ``ses_score`` in predictions).
+        keep_snapshots: Save the adapted layers and the bank of each validation next to the checkpoint, so that ``test``
+            and ``predict`` can score new images by SES (``test/auroc_ses``, and ``ses_score`` in predictions).
     """
 
     def __init__(self, keep_snapshots: bool = False) -> None:
@@ -53,12 +54,12 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
             self.score, self.kept = None, []
         elif self.score is None:
             raise PandaError(
-                "SES takes the most telling of all times, and the run that is to go on was made without it: start "
-                "anew, or leave SampleWiseEarlyStopping out of the callbacks."
+                "SES needs the scores of every validation, but the run to resume was started without it: start "
+                "a new run, or leave SampleWiseEarlyStopping out of the callbacks."
             )
         if not hasattr(pl_module, "normal_score"):
             raise PandaError(
-                f"SES needs a detector with a bank of features, and {pl_module.method} has none: leave "
+                f"SES needs a detector with a bank of features, but {pl_module.method} has none: leave "
                 "SampleWiseEarlyStopping out of the callbacks."
             )
 
@@ -79,12 +80,12 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
         steps = detector.steps_trained
         path = _snapshot(checkpoint_folder(trainer), detector.run_id, steps)
-        adapted = {name: p.detach().cpu() for name, p in detector.backbone.adapted().items()}
+        adapted = {name: p.detach().cpu() for name, p in detector.backbone.trained().items()}
         entries = detector.index.whole(detector.entries())
         if steps == 0:
             one = sum(t.numel() * t.element_size() for t in (entries, *adapted.values()))
-            times = "" if trainer.max_epochs in (None, -1) else f", {one * (trainer.max_epochs + 1) / 2**20:.0f} in all"
-            rank_zero_info(f"SES keeps {one / 2**20:.1f} MiB at each validation{times}, in {path.parent}")
+            times = "" if trainer.max_epochs in (None, -1) else f", {in_words(one * (trainer.max_epochs + 1))} in all"
+            rank_zero_info(f"SES saves {in_words(one)} at each validation{times}, in {path.parent}")
         how = [detector.k, detector.normalize]
         kept = {"adapted": adapted, "entries": entries, "normal_score": normal, "how": how}
         trainer.strategy.save_checkpoint(kept, path)
@@ -115,7 +116,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
         missing = [path for path in paths if not path.is_file()]
         if not paths or missing:
             raise PandaError(
-                "SES scores new images by the networks of all kept times, and "
+                "SES scores new images with the networks saved at every validation, but "
                 + (f"{missing[0]} is missing" if missing else f"there are none {_of(path)}")
                 + ": train with keep_snapshots: true, or leave SampleWiseEarlyStopping out of the callbacks."
             )
@@ -124,8 +125,8 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
             kept = read_tensors(one, detector.device)
             if kept["how"] != [detector.k, detector.normalize]:
                 raise PandaError(
-                    f"SES kept its times with k, normalize = {kept['how']}, and now they are "
-                    f"{[detector.k, detector.normalize]}: give those."
+                    f"SES saved its networks with k, normalize = {kept['how']}, but now they are "
+                    f"{[detector.k, detector.normalize]}: use the saved values."
                 )
             adapted = {f"model.{name}": keep(p) for name, p in kept["adapted"].items()}
             self._snapshots.append((adapted, detector.index.empty().fit(keep(kept["entries"])), kept["normal_score"]))

@@ -1,6 +1,5 @@
 """Checkpoints in the midst of an epoch: when the run is told to end, and every so many steps."""
 
-import os
 import signal
 from types import FrameType
 from typing import Any
@@ -11,20 +10,22 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Checked, Count
 from panda_lightning.runtime.checkpoints import checkpoint_folder
+from panda_lightning.runtime.systems import ENDING, TRY_AGAIN
 from panda_lightning.types import Batch
 
 
 class SaveOnSignal(Checked, pl.Callback):
-    """Ends a run that gets SIGUSR1 or SIGTERM after the training step of the moment, with a checkpoint.
+    """Saves a checkpoint and ends the run after the current training step when it gets SIGUSR1 or SIGTERM.
 
-    It is written beside the other checkpoints as ``last.ckpt``, the exit status is 75 ("try again later"), and
-    ``--ckpt_path last`` goes on with the very next batch. A signal during validation is heeded one step later; before
-    training has begun it ends the process at once. Lightning's own handlers are replaced: that for Slurm saves wherever
-    it finds each process, also in the midst of a step, and that of SIGTERM talks to the other processes from there.
+    The checkpoint is ``last.ckpt`` in the folder of the other checkpoints, the exit status is 75 ("try again later"),
+    and ``--ckpt_path last`` resumes with the next batch. A signal during validation takes effect after the next
+    training step; before training has started it ends the process immediately. On Windows the signal is Ctrl-Break. The
+    callback replaces Lightning's own handlers: its Slurm handler saves at any point, even in the middle of a step, and
+    its SIGTERM handler communicates with the other processes from there.
 
     Args:
-        every_n_steps: Write that checkpoint every so many optimiser steps too, for runs that are killed without a
-            word; None does not.
+        every_n_steps: Also save that checkpoint every ``every_n_steps`` optimiser steps, for runs that are killed
+            without a signal; None does not.
     """
 
     def __init__(self, every_n_steps: Count | None = None) -> None:
@@ -37,7 +38,7 @@ class SaveOnSignal(Checked, pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
-        for number in (signal.SIGUSR1, signal.SIGTERM):  # in place of Lightning's, which puts back what was before
+        for number in ENDING:  # in place of Lightning's, which puts back what was before
             signal.signal(number, self._hear)
 
     @override
@@ -52,5 +53,5 @@ class SaveOnSignal(Checked, pl.Callback):
             path = checkpoint_folder(trainer) / "last.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             if told:
-                rank_zero_info(f"Told to end: go on with --ckpt_path {path}")
-                raise SystemExit(os.EX_TEMPFAIL if trainer.is_global_zero else 0)  # one status for any launcher
+                rank_zero_info(f"Stopped by a signal: resume with --ckpt_path {path}")
+                raise SystemExit(TRY_AGAIN if trainer.is_global_zero else 0)  # one status for any launcher

@@ -1,30 +1,32 @@
 """What every data set shares: the one-class protocol, the view of its images, and their loaders."""
 
-import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed, subclasses
-from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
-from panda_lightning.datamodules.manifest import manifest
-from panda_lightning.datamodules.outliers import outliers_apart, read_outliers
-from panda_lightning.pictures.images import Images, View
-from panda_lightning.pictures.loose import listed_paths
+from panda_lightning.datamodules import choices
+from panda_lightning.datamodules.checks import require_images, require_training_images
+from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler, pinned
+from panda_lightning.datamodules.manifest import manifest, write_manifest
+from panda_lightning.datamodules.origin import origin_of
+from panda_lightning.datamodules.outliers import beside, outlier_images
+from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is, decoded, looked_at
 from panda_lightning.pictures.pixels import Intensity
-from panda_lightning.pictures.reading import Decoded, ImageDataset, as_is, decoded
-from panda_lightning.runtime.whole import alone, new_file
+from panda_lightning.pictures.shapes import kinds, shapes
+from panda_lightning.pictures.view import Crop, View
+from panda_lightning.runtime.sizes import in_words
+from panda_lightning.runtime.whole import alone
 from panda_lightning.runtime.work import done
 from panda_lightning.types import Batch, PandaError
 
@@ -32,57 +34,65 @@ __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
 
 Split = Literal["train", "test"]
 T = TypeVar("T")
+Side = Annotated[int, Bounds(1, 16384)]
 Rule = Annotated[str, Form(Intensity.parse, "auto, bits:N (8 to 32) or window:LO,HI")]
 
 
 class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
-    """A labelled data set as an anomaly-detection problem: normal images to train on, all test images to score.
+    """A labelled data set as an anomaly-detection problem: train on normal images, score all test images.
 
-    A data set is a subclass with ``classes`` and ``read``, and ``present`` and ``obtain`` where files can be fetched.
-    Validation and test use the same labelled test images, as is the field's habit; nothing is chosen by their labels.
+    A data set is a subclass with ``classes`` and ``read``, and also ``present`` and ``obtain`` if its files can be
+    downloaded. Validation and test use the same labelled test images, as is usual in the field; their labels choose
+    nothing.
 
-    Arguments are attributes and may be changed between runs: what was listed and decoded under others is made anew.
-    What is left open (None) of protocol and view is, in a run, what the detector was trained with.
+    Arguments are attributes and may be changed between runs: images are then listed and decoded again. Where an
+    argument of protocol or view is None, a run uses the value that the detector was trained with.
 
     Args:
         root: Folder of the data set's files.
-        normal_class: Name or number of the normal class; where classes are named by numbers, a number is a name.
-        protocol: one_vs_rest (the default): that class is normal, all others are anomalous. leave_one_out: the reverse.
-        image_size: Side of the square images, in pixels; 224 by default.
-        crop: center (the default but for ImageFolder) resizes the shorter side to ``resize`` and cuts the middle;
-            squash resizes straight to the square.
-        resize: Shorter side before the centre crop; None is image_size / 0.875 (256 for 224).
-        interpolation: bilinear or bicubic; None takes the network's own.
-        intensity: What becomes of files with more than 8 bits a value: auto (the default) takes the range of the format
-            (16 bits: 0 to 65535; floating point: 0 to 1; DICOM: its window), bits:N takes 0 to 2^N - 1, window:LO,HI
-            makes LO black and HI white; see pictures/pixels.py.
-        mask_values: Values of masks that are anomalous: of grey, or of a palette's numbers; None is all but 0.
+        normal_class: Name or number of the normal class; if class names are numbers, a number is a name.
+        protocol: one_vs_rest (the default): ``normal_class`` is normal, all others are anomalous. leave_one_out: the
+            reverse.
+        image_size: Side of square images in pixels (224 by default), or [height, width]; with ``crop=none`` the shorter
+            side.
+        crop: center (the default except for ImageFolder) scales an image by ``resize`` and crops the centre; squash
+            resizes directly to the square or rectangle; none keeps each image's own shape and crops nothing. Images may
+            then have different sizes, and each batch has images of one size.
+        resize: For squares, the shorter side before the centre crop; None is image_size / 0.875 (256 for 224). For
+            rectangles, the image is scaled until it covers resize / min(height, width) times the rectangle.
+        interpolation: bilinear or bicubic; None uses the network's own.
+        intensity: How to convert files with more than 8 bits per value: auto (the default) uses the range of the format
+            (16 bits: 0 to 65535; floating point: 0 to 1; DICOM: its window), bits:N uses 0 to 2^N - 1, window:LO,HI
+            maps LO to black and HI to white; see pictures/pixels.py.
+        mask_values: Values that mark anomalous pixels in masks: grey values, or palette indices; None is all except 0.
         max_megapixels: The largest image to read, in million pixels; None is Pillow's limit, 179.
-        batch_size: Images of a training step, over all processes together.
-        eval_batch_size: Images of a step of extraction and scoring, on each process.
-        train_limit: Keep only so many normal training images, evenly spaced; None keeps all.
-        shots: Train on so many of those, drawn by ``seed``; those of fewer shots are among those of more.
-        test_limit: The same for test images.
-        leave_out: Training images that are not to be used: a text file with a path or row number a line, or a table
-            with a column path, such as `panda suspects` writes.
+        batch_size: Images per training step, over all processes together.
+        eval_batch_size: Images per step of feature extraction and scoring, on each process.
+        train_limit: Keep only this many normal training images, evenly spaced; None keeps all.
+        shots: Train on this many of those images, drawn by ``seed``; a smaller number gives a subset of a larger one.
+        test_limit: Keep only this many test images, evenly spaced; None keeps all.
+        leave_out: Training images to leave out: a text file with one path or row number per line, or a table with a
+            column path, such as `panda suspects` writes.
         calibration_fraction: Share of the normal training images that is held back from training and from the bank;
-            what they score turns scores into p-values (README, decisions). Which they are depends on seed and names.
-        memory_gb: Decoded images are kept in memory if all fit in so many GiB on each process, else read at every
-            access.
+            their scores turn scores into p-values (README, decisions). The choice depends on seed and file names.
+        memory_gb: Decoded images are kept in memory if all fit in this many GiB on each process, otherwise they are
+            read at every access. If more than 5000 files stay on disk, only 5000 are checked beforehand; ``on_error:
+            skip`` checks all.
         num_workers: Worker processes for images that stay on disk; None is the number of processors, at most 8.
-        on_error: raise names unreadable images and stops; skip leaves them out and counts them.
-        seed: Seed of the training images' order.
+        on_error: raise stops and lists unreadable images; skip leaves them out and counts them.
+        seed: Seed of the order of the training images.
         outliers: Images for outlier exposure: a folder, a ``.npy`` file (N, H, W, 3) uint8 such as
             300K_random_images.npy, or a data set of this project as ``CLASS:ROOT``.
 
     Attributes:
-        COMPUTING: Arguments that say where images are and how to load them, not which and how they look.
-        decoded: Images by split with what they were made from; data modules of one class may share it.
+        COMPUTING: Arguments for where images are and how they are loaded; they change neither the selection nor the
+            pixels.
+        decoded: Images by split, with the settings they were made from; data modules of one class may share it.
     """
 
     COMPUTING = ("root", "eval_batch_size", "memory_gb", "num_workers", "accept_license", "max_megapixels")
     classes: tuple[str, ...] = ()
-    default_crop: Literal["center", "squash"] = "center"
+    default_crop: Crop = "center"
     own_split = False  # whether the split follows a rule of ours, which the run then records as a manifest
 
     def __init__(
@@ -90,8 +100,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         root: str = "data",
         normal_class: str | Number | None = None,
         protocol: Literal["one_vs_rest", "leave_one_out"] | None = None,
-        image_size: Annotated[int, Bounds(1, 16384)] | None = None,
-        crop: Literal["center", "squash"] | None = None,
+        image_size: Side | tuple[Side, Side] | None = None,
+        crop: Crop | None = None,
         resize: Count | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
         intensity: Rule | None = None,
@@ -148,6 +158,11 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     def root(self, folder: str | Path) -> None:
         self._root = Path(folder).expanduser()
 
+    @staticmethod
+    def data_sets() -> dict[str, type["AnomalyDataModule"]]:
+        """All data modules by the names of their classes, a user's own too."""
+        return {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
+
     @abstractmethod
     def read(self, split: Split) -> Images:
         """List the split's images in a fixed order, and set ``classes`` where the files say them."""
@@ -195,17 +210,27 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         """How images are resized.
 
         Raises:
-            PandaError: If ``resize`` is smaller than the square that is cut out.
+            PandaError: If ``resize`` is smaller than what is cut out, or ``crop=none`` has two sides.
         """
-        size = self._chosen("image_size", 224)
-        resize = self._chosen("resize", round(size / 0.875))
-        if resize < size:
-            raise PandaError(f"resize={resize} is smaller than image_size={size}: choose {size} or more.")
+        given: Any = self._chosen("image_size", 224)
+        sides = (given, given) if isinstance(given, int) else (given[0], given[1])
+        least = min(sides)
+        crop = self._chosen("crop", self.default_crop)
+        if crop == "none" and not isinstance(given, int):
+            raise PandaError(
+                f"crop=none keeps each image's own shape, but image_size={list(sides)} is a fixed shape: give "
+                f"only the shorter side, image_size={least}, or choose crop=center or squash."
+            )
+        resize = self._chosen("resize", round(least / 0.875))
+        if resize < least:
+            raise PandaError(f"resize={resize} is smaller than image_size={least}: choose {least} or more.")
         own = getattr(self._detector, "interpolation", None) or "bilinear"
-        crop, interpolation = self._chosen("crop", self.default_crop), self._chosen("interpolation", own)
+        interpolation = self._chosen("interpolation", own)
         values = None if self.mask_values is None else tuple(self.mask_values)
         rule = self._chosen("intensity", "auto")
-        return View(size, crop, resize, interpolation, self.before, rule, values, self.max_megapixels)
+        size = least if sides[0] == sides[1] else sides
+        multiple = getattr(self._detector, "multiple", 1) if crop == "none" else 1
+        return View(size, crop, resize, interpolation, self.before, rule, values, self.max_megapixels, multiple)
 
     @property
     def before(self) -> str | None:
@@ -223,26 +248,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         Args:
             training: Whether training images must be there; without, they are left out where they are missing.
         """
-        test = self.test_images
-        normal = None
-        try:
-            normal = self.normal_images
-        except PandaError:
-            if training:
-                raise
-        return {
-            "data": type(self).__name__,
-            "problem": self.problem,
-            "view": self.view.words,
-            "normal training images": normal and f"{len(normal)} ({normal.fingerprint(self.root)})",
-            "test images": f"{len(test)} ({test.fingerprint(self.root)})",
-            "files": normal and normal.fingerprint(self.root, times=True),  # of this machine
-            "on_error": self.on_error,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "calibration images": self.calibration_fraction,
-            "outliers": self.outliers and training and self._outlier_source().fingerprint(Path(self.outliers)),
-        }
+        return origin_of(self, training)
 
     # ---- the protocol --------------------------------------------------------------------------------------------
 
@@ -253,20 +259,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
             PandaError: If there is no such class.
         """
         wanted = self._chosen("normal_class", None)
-        wanted = self.only_class() if wanted is None else wanted
-        if str(wanted) in self.classes:
-            return self.classes.index(str(wanted))
-        if str(wanted).isdecimal():
-            numbers = [int(name) if name.isdecimal() else None for name in self.classes]
-            if not any(number is not None for number in numbers):
-                numbers = list(range(len(self.classes)))
-            if numbers.count(int(str(wanted))) == 1:
-                return numbers.index(int(str(wanted)))
-        listed = ", ".join(self.classes[:25]) + (", ..." if len(self.classes) > 25 else "")
-        raise PandaError(
-            f"normal_class={self.normal_class} is not a class of {type(self).__name__} "
-            f"(0-{len(self.classes) - 1}: {listed})."
-        )
+        return choices.class_number(self.only_class() if wanted is None else wanted, self)
 
     def only_class(self) -> int | str | None:
         """The normal class where none is named, if that goes without saying."""
@@ -297,18 +290,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         if not share:
             return images, images.take(np.array([], dtype=np.int64))
         settings = (share, self.seed, images.fingerprint(self.root))
-
-        def part() -> tuple[Images, Images]:
-            count = round(share * len(images))
-            if not 2 <= count <= len(images) - 2:
-                raise PandaError(
-                    f"calibration_fraction={share:g} holds {count} of {len(images)} normal training images back: "
-                    "choose a share that leaves 2 or more on either side."
-                )
-            held = np.sort(self._drawn("calibration", images)[:count])
-            return images.take(np.setdiff1d(np.arange(len(images)), held)), images.take(held)
-
-        return self._once(self._listed, "parted", settings, part)
+        return self._once(self._listed, "parted", settings, lambda: choices.parted(images, share, self.seed, self.root))
 
     @property
     def test_images(self) -> Images:
@@ -327,101 +309,13 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         anomalous = self.is_anomalous(images.targets)
         if split == "train":
             images = images.take(np.flatnonzero(~anomalous))
-            if not len(images):
-                raise PandaError(
-                    f"{type(self).__name__} has no training images of the normal class {self._normal_name} in "
-                    f"{self.root}."
-                )
-            if self.leave_out is not None:
-                images = self._without(images, self.leave_out)
-        elif images.masks is not None:
-            images = self._with_masks(images, anomalous)
-        for problem in images.problems:
-            rank_zero_warn(f"{type(self).__name__}: {problem}")
-        for note in images.notes:
-            rank_zero_info(f"{type(self).__name__}: {note}")
-        limit = self.train_limit if split == "train" else self.test_limit
-        if limit is not None and limit < len(images):
-            images = images.take(np.linspace(0, len(images) - 1, limit).round().astype(np.int64))
-        if split == "train" and self.shots is not None:
-            if self.shots > len(images):
-                raise PandaError(
-                    f"shots={self.shots}, but there are {len(images)} normal training images: choose no more than that."
-                )
-            images = images.take(np.sort(self._drawn("shots", images)[: self.shots]))
-        return images
-
-    def _drawn(self, what: str, images: Images) -> npt.NDArray[np.int64]:
-        """All rows in an order of chance that depends on seed and names alone."""
-        hashes = [hashlib.sha256(f"{self.seed}/{what}/{name}".encode()).digest() for name in self.names(images)]
-        return np.array(sorted(range(len(images)), key=hashes.__getitem__), dtype=np.int64)
-
-    def _without(self, images: Images, listing: str) -> Images:
-        """Images without those that a file lists.
-
-        Raises:
-            PandaError: If it cannot be read, or lists what is not there.
-        """
-        wanted = {os.path.abspath(path): path for path in listed_paths(listing)}
-        places = [
-            {os.path.abspath(path), os.path.abspath(name)}
-            for path, name in zip(images.paths(), self.names(images), strict=True)
-        ]
-        left = [i for i, place in enumerate(places) if place.isdisjoint(wanted)]
-        strange = sorted(path for place, path in wanted.items() if place not in set().union(*places))
-        if strange:
-            raise PandaError(
-                f"leave_out={listing} lists {len(strange)} of {len(wanted)} that are no normal training images, such "
-                f"as {strange[0]}: name files as they are, or below {self.root}."
-            )
-        if len(left) < 2:
-            raise PandaError(
-                f"leave_out={listing} leaves {len(left)} of {len(images)} normal training images: shorten it."
-            )
-        rank_zero_info(f"{len(images) - len(left)} of {len(images)} normal training images are left out by {listing}.")
-        return images.take(np.array(left, dtype=np.int64))
-
-    def _with_masks(self, images: Images, anomalous: npt.NDArray[np.bool_]) -> Images:
-        """Images with the masks of those that are anomalous; one that is missing is a problem."""
-        masks = [mask if a else None for mask, a in zip(images.masks or (), anomalous, strict=True)]
-        lack = [i for i in np.flatnonzero(anomalous) if masks[i] is None]
-        if not lack:
-            return replace(images, masks=masks)
-        names = self.names(images.take(np.array(lack[:5])))
-        problem = (
-            f"{len(lack)} of {anomalous.sum()} anomalous images have no mask, so their pixels do not count: "
-            f"{', '.join(names)}{', ...' if len(lack) > 5 else ''}"
-        )
-        all_lack = len(lack) == anomalous.sum()
-        return replace(images, masks=None if all_lack else masks, problems=(*images.problems, problem))
-
-    @property
-    def _normal_name(self) -> str:
-        name = self.classes[self.class_number()]
-        return name if self._chosen("protocol", "one_vs_rest") == "one_vs_rest" else f"all but {name}"
+            require_training_images(self, images)
+        return choices.limited(self, split, images, anomalous)
 
     @override
     def setup(self, stage: str) -> None:
         self._listed, self._shown, self._introduced = {}, {}, False  # files may have changed since the last run
-        test = self.is_anomalous(self.test_images.targets)
-        _ = self.view  # which says what cannot be
-        if stage in ("fit", "validate", "test") and len(test) and test.all():
-            raise PandaError(
-                f"the test images of {type(self).__name__} are all anomalous with normal class {self._normal_name}: "
-                "AUROC needs both kinds."
-            )
-        if stage == "predict" and not len(test):
-            raise PandaError(f"{type(self).__name__} has no test images in {self.root} to predict.")
-        if stage == "fit" and len(self.normal_images) < 2:
-            raise PandaError(
-                f"{type(self).__name__} has a single training image of the normal class {self._normal_name}: "
-                "give 2 or more."
-            )
-        if stage == "fit" and self.batch_size % self._world:
-            raise PandaError(
-                f"batch_size={self.batch_size} is shared by {self._world} processes: "
-                f"choose a multiple of {self._world}."
-            )
+        require_images(self, stage, self._world)
 
     def manifest(self, splits: Sequence[Split] = ("train", "test")) -> str:
         """The images of the protocol as CSV, see datamodules/manifest.py."""
@@ -433,12 +327,8 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
 
     @override
     def teardown(self, stage: str) -> None:
-        ours = self.own_split or self.calibration_fraction > 0
-        folder = self.trainer.log_dir if self.trainer and ours else None  # asks all processes
-        if self.trainer and folder and self.trainer.is_global_zero:
-            splits: tuple[Split, Split] = ("test", "train")
-            with new_file(Path(folder) / "manifest.csv") as part:
-                part.write_text(self.manifest([s for s in splits if s in self._listed]))
+        if self.own_split or self.calibration_fraction:
+            write_manifest(self, [split for split in ("test", "train") if split in self._listed])
         self._shown = {}
 
     # ---- loaders -------------------------------------------------------------------------------------------------
@@ -460,21 +350,41 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
             self._shown[what] = shown
         return self._shown[what]
 
+    def _sides(self, what: str, images: Images) -> npt.NDArray[np.int64]:
+        """Heights and widths (N, 2) of images in this view."""
+        made_from = (images.fingerprint(self.root, times=True), self.view)
+        return self._once(self._listed, f"{what} sizes", made_from, lambda: shapes(images.sources, self.view))
+
     def _read_pixels(self, what: str, images: Images) -> Decoded:
         view = self.view
-        size = len(images) * (3 if images.masks is None else 4) * view.size**2
-        in_memory = size <= self.memory_gb * 2**30
+        files, sides = images.fingerprint(self.root, times=True), self._sides(what, images)
+        size = (3 if images.masks is None else 4) * int(sides.prod(axis=1).sum())
+        in_memory, skip = size <= self.memory_gb * 2**30, self.on_error == "skip"
 
         def read() -> Decoded:
             rank_zero_info(
-                f"{type(self).__name__}: {len(images)} {what} images, {view.size} px, "
-                + (f"decoded to {size / 2**20:.0f} MiB of memory" if in_memory else "read from disk at every access")
+                f"{type(self).__name__}: {len(images)} {what} images, {view.pixels}, "
+                + (
+                    f"decoded to {in_words(size)} of memory"
+                    if in_memory
+                    else f"read from disk at every access: decoded they take {in_words(size)}, more than "
+                    f"memory_gb={self.memory_gb:g} allows. If each process has that much memory, set "
+                    f"data.memory_gb={math.ceil(size / 2**30)}."
+                )
             )
-            with done("decoded", what, len(images)):
-                return decoded(images, view, in_memory, self.on_error == "skip", f"Decoding {what} images")
+            with done("decoded", what, len(looked_at(images, in_memory, skip))):
+                return decoded(images, view, in_memory, skip, f"Decoding {what} images", sides)
 
-        made_from = (images.fingerprint(self.root, times=True), view, in_memory, self.on_error)
+        made_from = (files, view, in_memory, self.on_error)
         return self._once(self.decoded, what, made_from, read)
+
+    def steps(self, train: bool) -> int:
+        """Steps over the normal training images, or the test images, on the process that has the fewest."""
+        what, images = ("normal training", self.normal_images) if train else ("test", self.test_images)
+        batch = self.batch_size // self._world if train else self.eval_batch_size
+        sizes = kinds(self._sides(what, images))
+        sampler = ShardedSampler(len(images), self._world, self._world - 1, train, self.seed, sizes, batch)
+        return -(-len(sampler) // batch)
 
     def _loader(self, dataset: ImageDataset, train: bool = False) -> DataLoader[Batch]:
         rank = self.trainer.global_rank if self.trainer else 0
@@ -482,13 +392,14 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         if dataset.pixels is None and dataset.hidden is None:
             workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
         kind = ResumableLoader if train else DataLoader[Batch]
+        batch = self.batch_size // self._world if train else self.eval_batch_size
         return kind(
             dataset,
-            batch_size=self.batch_size // self._world if train else self.eval_batch_size,
-            sampler=ShardedSampler(len(dataset), self._world, rank, shuffle=train, seed=self.seed),
+            batch_size=batch,
+            sampler=ShardedSampler(len(dataset), self._world, rank, train, self.seed, dataset.kinds, batch),
             collate_fn=as_is,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available() and (dataset.hidden is None or not dataset.hidden.is_cuda),
+            pin_memory=pinned(self.trainer, dataset),
         )
 
     def _normal_dataset(self) -> ImageDataset:
@@ -503,14 +414,10 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         """
         normal = self._loader(self._normal_dataset(), train=True)
         rank_zero_info(
-            f"Batches of {self.batch_size} images over all processes, {self.batch_size // self._world} on each of "
-            f"{self._world}: {len(normal)} an epoch."
+            f"Each batch has {self.batch_size} images over all processes, {self.batch_size // self._world} on "
+            f"each of {self._world}; an epoch has {len(normal)} batches."
         )
-        if self.outliers is None:
-            return normal
-        outlier = self.outlier_dataloader()
-        mode: Any = "min_size" if len(outlier) >= len(normal) else "max_size_cycle"
-        return CombinedLoader({"normal": normal, "outlier": outlier}, mode)
+        return normal if self.outliers is None else beside(normal, self.outlier_dataloader())
 
     def normal_dataloader(self) -> DataLoader[Batch]:
         """The normal training images in order, each once over all processes: for the bank."""
@@ -535,33 +442,5 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         Raises:
             PandaError: If there is no such source.
         """
-        settings = (self.outliers, self._outliers_needed, self.test_images.fingerprint(self.root), self.view.intensity)
-        images = self._once(self._listed, "outlier", settings, self._outlier_images)
+        images = outlier_images(self)
         return self._loader(self._dataset("outlier", images, np.ones(len(images), dtype=np.bool_)), train=True)
-
-    def _outlier_images(self) -> Images:
-        images, needed = self._outlier_source(), self._outliers_needed
-        if needed is not None and needed < len(images):  # the rest would pass filter and frozen layers for nothing
-            rank_zero_info(f"{needed} of {len(images)} outliers are as many as this run's steps take.")
-            images = images.take(np.linspace(0, len(images) - 1, needed).round().astype(np.int64))
-        return outliers_apart(images, self.test_images, self.view.intensity)
-
-    @property
-    def _outliers_needed(self) -> int | None:
-        """As many outliers as the steps of this run can take; None where there is no such number."""
-        trainer, batches = self.trainer, -(-len(self.normal_images) // self.batch_size)
-        epochs = None if trainer is None or (trainer.max_epochs or -1) < 0 else trainer.max_epochs
-        steps = [] if epochs is None else [epochs * batches]
-        if trainer is not None and trainer.max_steps >= 0:
-            steps.append(trainer.max_steps * trainer.accumulate_grad_batches)
-        return min(steps) * self.batch_size if steps else None
-
-    def _outlier_source(self) -> Images:
-        source = self.outliers
-        if source is None:
-            raise PandaError(
-                "outlier exposure needs images that show nothing of the test classes: set data.outliers to a folder, a "
-                ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
-            )
-        known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
-        return self._once(self._listed, "outlier source", source, lambda: read_outliers(source, known))

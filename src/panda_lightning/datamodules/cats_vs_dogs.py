@@ -15,11 +15,11 @@ BROKEN = {("cat", 666), ("dog", 11702)}  # of Microsoft's 25,000 files: empty or
 
 
 class CatsVsDogs(AnomalyDataModule):
-    """25,000 photographs of cats and dogs (Elson et al. 2007), 10,000 + 2,500 a class.
+    """25,000 photographs of cats and dogs (Elson et al. 2007), 10,000 + 2,500 per class.
 
-    Expects ``root/PetImages/{Cat,Dog}/<n>.jpg``, fetched from Microsoft if it is not there, or Kaggle's
-    ``root/train/{cat,dog}.<n>.jpg``. The split is ours, since the literature publishes none: n < 10000 trains, the rest
-    tests. Microsoft's two broken files, Cat/666 and Dog/11702, are left out.
+    Expects ``root/PetImages/{Cat,Dog}/<n>.jpg``, downloaded from Microsoft if missing, or Kaggle's
+    ``root/train/{cat,dog}.<n>.jpg``. The split is our own, because the literature publishes none: n < 10000 for
+    training, the rest for testing. Microsoft's two broken files, Cat/666 and Dog/11702, are left out.
     """
 
     URL = (

@@ -15,9 +15,9 @@ from panda_lightning.types import PandaError
 
 
 class CIFAR10(AnomalyDataModule):
-    """60,000 natural images of 32 x 32 pixels, 5,000 + 1,000 a class (Krizhevsky 2009), as official pickles.
+    """60,000 natural images of 32 x 32 pixels, 5,000 + 1,000 per class (Krizhevsky 2009), as official pickles.
 
-    Expects ``root/cifar-10-batches-py/`` and fetches it if it is not there. Official split.
+    Expects ``root/cifar-10-batches-py/`` and downloads it if missing. Official split.
     """
 
     url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -60,8 +60,8 @@ class CIFAR10(AnomalyDataModule):
                 images, labels = read_batch(path, self.label_key, len(self.classes))
             except ValueError as error:
                 raise PandaError(
-                    f"{path} is not as it is in {self.url} ({error}): remove {self.root / self.folder}, and unpack the "
-                    "archive anew."
+                    f"{path} differs from the file in {self.url} ({error}): remove {self.root / self.folder}, "
+                    "and unpack the archive again."
                 ) from error
             pixels.append(images)
             targets.extend(labels)
@@ -69,9 +69,9 @@ class CIFAR10(AnomalyDataModule):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 by its 20 superclasses, 2,500 + 500 images each (Krizhevsky 2009), as official pickles.
+    """CIFAR-100 with its 20 superclasses as classes, 2,500 + 500 images each (Krizhevsky 2009), as official pickles.
 
-    Expects ``root/cifar-100-python/`` and fetches it if it is not there. Official split, ``coarse_labels``.
+    Expects ``root/cifar-100-python/`` and downloads it if missing. Official split, ``coarse_labels``.
     """
 
     url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"

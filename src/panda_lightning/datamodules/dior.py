@@ -28,17 +28,18 @@ class DIOR(AnomalyDataModule):
     """Objects of 20 classes, cut out of 23,463 aerial images of 800 x 800 pixels (Li et al. 2020) by their boxes.
 
     Expects ``JPEGImages-trainval/``, ``JPEGImages-test/``, ``Annotations/Horizontal Bounding Boxes/`` and ``Main/`` (or
-    ``ImageSets/Main/``) in ``root``, in a folder of it, or doubled as some archives unpack. The crops are made once,
-    into ``root/dior-crops-<min_side>-<side_rule>/``; after that the images are not needed. trainval trains, test tests.
+    ``ImageSets/Main/``) in ``root``, in a subfolder of it, or nested twice as some archives unpack. The crops are made
+    once, in ``root/dior-crops-<min_side>-<side_rule>/``; after that the original images are not needed. trainval is for
+    training, test for testing.
 
-    A box is clamped to the image, and its sides are xmax - xmin and ymax - ymin in pixels thereafter. As published,
-    sides of at least 120 and classes of at least 50 training crops leave 19 classes of about 649 training crops.
-    ``classes`` are those that are left, so it is known once the crops are listed.
+    A box is clamped to the image; its sides are then xmax - xmin and ymax - ymin in pixels. As published, sides of at
+    least 120 and classes of at least 50 training crops leave 19 classes of about 649 training crops. ``classes``
+    contains only these, so it is known only after the crops are listed.
 
     Args:
         min_side: Smallest side of a box, in pixels.
         min_count: Classes with fewer training crops are left out.
-        side_rule: both sides are at least ``min_side``, or any one is.
+        side_rule: both: both sides are at least ``min_side``; any: at least one is.
         **kwargs: Those of AnomalyDataModule.
     """
 
@@ -110,15 +111,15 @@ class DIOR(AnomalyDataModule):
                 if failed:
                     listed = "; ".join(failed[:8]) + (f"; and {len(failed) - 8} more" if len(failed) > 8 else "")
                     problems[split].append(
-                        f"{len(failed)} of {len(names[split])} {split} images gave no crops: {listed}. Mend them and "
-                        f"remove {self.cache} to cut again."
+                        f"{len(failed)} of {len(names[split])} {split} images gave no crops: {listed}. Repair "
+                        f"them and remove {self.cache} to cut again."
                     )
             if not (crops / "train").is_dir():
                 raise PandaError(
                     f"no box of the {len(names['train'])} images of trainval.txt has {self.side_rule} side(s) of "
-                    f"min_side={self.min_side} px: lower it, or mend the files. " + " ".join(problems["train"])
+                    f"min_side={self.min_side} px: lower it, or repair the files. " + " ".join(problems["train"])
                 )
-            (crops / "problems.json").write_text(json.dumps(problems, indent=1))
+            (crops / "problems.json").write_text(json.dumps(problems, indent=1), "utf-8")
             try:
                 crops.rename(self.cache)
             except OSError:
@@ -145,7 +146,7 @@ class DIOR(AnomalyDataModule):
             )
         files = [self._crops(split, name) for name in self.classes]
         targets = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
-        problems = json.loads((self.cache / "problems.json").read_text())[split]
+        problems = json.loads((self.cache / "problems.json").read_text("utf-8"))[split]
         return Images([path for paths in files for path in paths], targets.astype(np.int64), problems=tuple(problems))
 
     def _crops(self, split: Split, class_name: str) -> list[Path]:
@@ -162,7 +163,7 @@ class DIOR(AnomalyDataModule):
             missing = [name for name in parts if not (main / f"{name}.txt").is_file()]
             if missing:
                 raise self._missing(f"{main / missing[0]}.txt")
-            words = [line.split() for name in parts for line in (main / f"{name}.txt").read_text().splitlines()]
+            words = [line.split() for name in parts for line in (main / f"{name}.txt").read_text("utf-8").splitlines()]
             names[split] = list(dict.fromkeys(line[0] for line in words if line))
         return names
 
@@ -174,11 +175,11 @@ class DIOR(AnomalyDataModule):
 
     def _missing(self, path: str) -> PandaError:
         return PandaError(
-            f"DIOR has no {path}, and {self.cache} with crops made earlier is not there: DIOR cannot be downloaded by "
+            f"DIOR has no {path}, and no crops from an earlier run in {self.cache}: DIOR cannot be downloaded by "
             "a program, so follow the link to a cloud drive on its authors' page "
             "(https://gcheng-nwpu.github.io/#Datasets) and unpack the archives so that JPEGImages-trainval/, "
-            f"JPEGImages-test/, Annotations/Horizontal Bounding Boxes/ and Main/ are in {self.root}; or "
-            "set --data.root."
+            f"JPEGImages-test/, Annotations/Horizontal Bounding Boxes/ and Main/ are in {self.root}; or set "
+            "--data.root."
         )
 
 

@@ -34,8 +34,8 @@ def fetch(url: str, folder: Path, checksum: str) -> Path:
         _transfer(url, part)
     except (OSError, URLError) as error:
         raise PandaError(
-            f"{url} cannot be downloaded ({error}): run again to go on where it stopped, or fetch it elsewhere "
-            f"and put it at {target}."
+            f"{url} cannot be downloaded ({error}): run again to resume the download, or download it elsewhere "
+            f"and save it as {target}."
         ) from error
     kind, _, expected = checksum.partition(":")
     found = _digest(part, kind)
@@ -95,7 +95,8 @@ def unpack(archive: Path, folder: Path) -> None:
                         raise
             if _sizes(entry) != _sizes(target):
                 raise PandaError(
-                    f"{target} is there already, and is not what {archive} holds: remove one of them, and run again."
+                    f"{target} already exists and differs from the file in {archive}: remove one of them, and "
+                    "run again."
                 )
 
 
@@ -117,15 +118,16 @@ def _extract(archive: Path, part: Path) -> None:
             with tarfile.open(archive) as tar:
                 for member in tar:
                     _refuse(archive, member.name, not (member.isfile() or member.isdir()))
-                tar.extractall(part, filter="data")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.0 to 3.11.3 have none
+                tar.extractall(part)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise PandaError(
-            f"{archive} cannot be unpacked ({error}): remove it, and run again to fetch it anew."
+            f"{archive} cannot be unpacked ({error}): remove it, and run again to download it again."
         ) from error
 
 
 def _refuse(archive: Path, name: str, special: bool) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if special or path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
-        what = "is a link or a device" if special else "would land outside its folder"
+        what = "is a link or a device" if special else "would be written outside its folder"
         raise PandaError(f"{archive} is refused: its member {name} {what}.")

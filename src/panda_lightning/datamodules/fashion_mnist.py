@@ -16,10 +16,10 @@ from panda_lightning.types import PandaError
 
 
 class FashionMNIST(AnomalyDataModule):
-    """70,000 grey images of clothes, 28 x 28 pixels, 6,000 + 1,000 a class (Xiao et al. 2017, MIT licence).
+    """70,000 grey images of clothes, 28 x 28 pixels, 6,000 + 1,000 per class (Xiao et al. 2017, MIT licence).
 
-    Expects the four idx files in ``root/FashionMNIST/raw/``, plain or gzipped, and fetches those that are not there.
-    Official split.
+    Expects the four idx files in ``root/FashionMNIST/raw/``, plain or gzipped, and downloads missing ones. Official
+    split.
     """
 
     classes = (

@@ -15,24 +15,25 @@ from panda_lightning.types import PandaError
 
 
 class HyperKvasir(AnomalyDataModule):
-    """Colonoscopy (Borgli et al. 2020): 2,166 normal images to learn from, 1,000 polyps with masks to find.
+    """Colonoscopy (Borgli et al. 2020): 2,166 normal images for training, 1,000 polyps with masks to detect.
 
-    Expects ``labeled-images/`` and ``segmented-images/{images,masks}/`` in ``root``, in a folder of it, or doubled.
-    Normal is cecum, ileum and bbps-2-3 of the lower tract, by folder and by the CSV files of labels. Anomalous are the
-    segmented polyps; those of ``labeled-images`` are the same pictures and are never used.
+    Expects ``labeled-images/`` and ``segmented-images/{images,masks}/`` in ``root``, in a subfolder of it, or nested
+    twice. The normal images are cecum, ileum and bbps-2-3 of the lower tract, according to the folders and the CSV
+    files of labels. The anomalous images are the segmented polyps; the polyps in ``labeled-images`` are the same images
+    and are never used.
 
-    The split of the normal images is ours: they are put in the order of sha256("<split_seed>/<file name without
-    suffix>"), the first ``test_normals`` test and the others train. So it depends neither on where files lie nor on
-    the order they are listed in.
+    The split of the normal images is our own: they are sorted by sha256("<split_seed>/<file name without suffix>"); the
+    first ``test_normals`` are for testing, the others for training. The split therefore does not depend on where the
+    files are or on the order in which they are listed.
 
-    Black margins differ between the sources and give the label away: ``crop_margins`` resizes image and mask to 512 x
+    Black margins differ between the two sources and reveal the label: ``crop_margins`` resizes image and mask to 512 x
     512 pixels and keeps (45, 45, 475, 475) before the usual resizing. Results without it are not comparable.
 
     Args:
         normal_class: normal or polyp.
-        test_normals: How many normal images test.
+        test_normals: Number of normal test images.
         split_seed: Seed of the split.
-        crop_margins: Cut the margins off first.
+        crop_margins: Crop the black margins first.
         **kwargs: Those of AnomalyDataModule.
     """
 

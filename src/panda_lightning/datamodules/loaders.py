@@ -4,10 +4,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from panda_lightning.pictures.images import GAP
+from panda_lightning.pictures.shapes import batches
 from panda_lightning.types import Batch
+
+
+def pinned(trainer: Any, dataset: Any) -> bool:
+    """Whether batches are copied to a GPU, which pinned memory lets happen while it works."""
+    hidden = getattr(dataset, "hidden", None)
+    return bool(trainer and trainer.strategy.root_device.type == "cuda" and (hidden is None or not hidden.is_cuda))
 
 
 class ShardedSampler(DistributedSampler[int]):
@@ -17,24 +26,61 @@ class ShardedSampler(DistributedSampler[int]):
     has its permutation, and the last round is filled up with -1, so that all processes make the same steps. Of no rows
     each process gets one -1, so that a validation of nothing takes place. (The base class is torch's so that Lightning
     leaves the sampler alone; its repeats are what this one avoids.)
+
+    Where images have several sizes, each step of all processes has images of one: batch after batch is dealt out, in
+    order of the sizes, or with shuffling in any. One that is not full is filled up with -1 until processes have as many
+    rows, and with GAP, which is no row, to the loader's batch.
+
+    Args:
+        size: Number of rows.
+        world: Number of processes.
+        rank: This one.
+        shuffle: See above.
+        seed: Of the permutations.
+        kinds: (N,) numbers of the images' sizes; None where all have one.
+        batch: Rows of a step on each process, as the loader has it; counts with ``kinds`` alone.
     """
 
-    def __init__(self, size: int, world: int, rank: int, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        world: int,
+        rank: int,
+        shuffle: bool,
+        seed: int = 0,
+        kinds: Tensor | None = None,
+        batch: int = 1,
+    ) -> None:
         self.size, self.world, self.rank, self.shuffle, self.seed = size, world, rank, shuffle, seed
+        self.kinds, self.batch = kinds, batch
+        self._steps = 0 if kinds is None else len(batches(torch.arange(size), kinds, batch * world))
         self.epoch = 0
         self.skip = 0  # rows of this process to leave out at the start, see ResumableLoader
 
     def __iter__(self) -> Iterator[int]:
         order = torch.arange(self.size) if self.size else torch.full((self.world,), -1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.size, generator=generator)
+        if self.kinds is not None:
+            steps = torch.stack([self._filled(rows) for rows in batches(order, self.kinds, self.batch * self.world)])
+            order = (steps[torch.randperm(len(steps), generator=generator)] if self.shuffle else steps).flatten()
+        elif self.shuffle:
             order = torch.cat([order, order.new_full((-self.size % self.world,), -1)])
-        return iter(order[self.rank :: self.world][self.skip :].tolist())
+        mine = order[self.rank :: self.world][self.skip :]
+        return (row for some in torch.split(mine, 4096) for row in some.tolist())  # not a million numbers at once
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """A step's rows of all processes."""
+        fill = -len(rows) % self.world
+        gaps = self.batch * self.world - len(rows) - fill
+        return torch.cat([rows, rows.new_full((fill,), -1), rows.new_full((gaps,), GAP)])
 
     def __len__(self) -> int:
         if not self.size:
             return 1
+        if self.kinds is not None:
+            return self.batch * self._steps
         missing = self.size - self.rank
         return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
 

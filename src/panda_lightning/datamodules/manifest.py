@@ -3,7 +3,10 @@
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from panda_lightning.runtime.whole import new_file
 
 
 def manifest(data: Any, splits: Sequence[str] = ("train", "test")) -> str:
@@ -28,3 +31,12 @@ def manifest(data: Any, splits: Sequence[str] = ("train", "test")) -> str:
             where = "calibration" if split == "train" and name in held else split
             lines.writerow((name, where, int(anomalous)))
     return text.getvalue()
+
+
+def write_manifest(data: Any, splits: Sequence[str]) -> None:
+    """Write ``manifest.csv`` into the folder of a data module's run, if it has one; every process must call it."""
+    trainer = data.trainer
+    folder = trainer.log_dir if trainer else None  # asks all processes
+    if folder and trainer.is_global_zero:
+        with new_file(Path(folder) / "manifest.csv") as part:
+            part.write_text(data.manifest(splits), "utf-8")

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from panda_lightning.datamodules.base import AnomalyDataModule, Images, Split
 from panda_lightning.datamodules.download import fetch, unpack
-from panda_lightning.pictures.layout import folders_in, listed, masks_of, passed_over
+from panda_lightning.pictures.layout import Files, folders_in, listed, masks_of, passed_over
 from panda_lightning.types import PandaError
 
 CATEGORIES = (
@@ -26,7 +26,7 @@ class MVTecAD(AnomalyDataModule):
 
     Args:
         category: bottle, cable, capsule, carpet, grid, hazelnut, leather, metal_nut, pill, screw, tile, toothbrush,
-            transistor, wood or zipper; or any other folder of this layout.
+            transistor, wood or zipper; or any other folder with this layout.
         accept_license: Download the data set (5 GB) under its licence, which forbids commercial use.
         kwargs: See AnomalyDataModule; the normal class is "good".
     """
@@ -82,7 +82,7 @@ class MVTecAD(AnomalyDataModule):
         found = {kind: listed(kind) for name in ("train", "test") for kind in folders_in(folder / name)}
         self.classes = ("good", *sorted({kind.name for kind, (images, _) in found.items() if images} - {"good"}))
         kinds = [kind for kind in found if kind.parent.name == split]
-        paths = [path for kind in kinds for path in found[kind][0]]
+        paths = Files.joined(found[kind][0] for kind in kinds)
         if not paths:
             raise PandaError(f"there are no images in {folder / split}: expected {folder / split}/good/000.png, ...")
         targets = np.array([self.classes.index(kind.name) for kind in kinds for _ in found[kind][0]], dtype=np.int64)

@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from panda_lightning.pictures.images import Images, View
+from panda_lightning.datamodules.choices import evenly
+from panda_lightning.pictures.images import Images
 from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.looking import look
 from panda_lightning.pictures.pixels import ENDINGS
-from panda_lightning.pictures.reading import look
-from panda_lightning.search.knn import full_float32
-from panda_lightning.types import PandaError
+from panda_lightning.pictures.view import View
+from panda_lightning.runtime.float32 import full_float32
+from panda_lightning.types import Batch, PandaError
 
 SIDE, WINDOW = 32, 28  # pixels of a thumbnail, and of what is compared of it
 SAME = 0.87  # correlation from which two windows show one picture; chosen in experiments/outlier_filter.py
@@ -29,7 +32,7 @@ WORTH = 0.6  # correlation with every other window from which all are tried
 ROWS = 8192  # outliers in memory at a time
 
 
-def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
+def read_outliers(source: str | None, datasets: dict[str, Any]) -> Images:
     """List images that show nothing of the test classes.
 
     Args:
@@ -41,6 +44,11 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
     Raises:
         PandaError: If it is none of these.
     """
+    if source is None:
+        raise PandaError(
+            "outlier exposure needs images that do not show the test classes: set data.outliers to a folder, a "
+            ".npy file such as 300K_random_images.npy, or a data set as CLASS:ROOT."
+        )
     path = Path(source)
     if path.suffix == ".npy" and path.is_file():
         try:
@@ -54,7 +62,7 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
         files = images_below(path)
         if files:
             return Images(files, np.zeros(len(files), dtype=np.int64))
-        raise PandaError(f"outliers={source} holds no images: their names must end in {', '.join(ENDINGS)}.")
+        raise PandaError(f"outliers={source} has no images: their names must end in {', '.join(ENDINGS)}.")
     name, _, root = source.partition(":")
     if root and name in datasets:
         images: Images = datasets[name](root=root).read("train")
@@ -62,6 +70,51 @@ def read_outliers(source: str, datasets: dict[str, Any]) -> Images:
     raise PandaError(
         f"outliers={source} is neither a folder, nor a .npy file, nor CLASS:ROOT with one of {', '.join(datasets)}."
     )
+
+
+def outliers_needed(trainer: Any, normal: int, batch_size: int) -> int | None:
+    """As many outliers as the steps of a run can take; None where there is no such number.
+
+    Args:
+        trainer: That of the run; None outside of one.
+        normal: Number of normal training images, which an epoch sees once.
+        batch_size: Normal images of a step, each with an outlier beside it.
+    """
+    epochs = None if trainer is None or (trainer.max_epochs or -1) < 0 else trainer.max_epochs
+    steps = [] if epochs is None else [epochs * -(-normal // batch_size)]
+    if trainer is not None and trainer.max_steps >= 0:
+        steps.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    return min(steps) * batch_size if steps else None
+
+
+def outlier_source(data: Any) -> Images:
+    """What a data module's ``outliers`` names."""
+    known = data.data_sets
+    found: Images = data._once(data._listed, "source", data.outliers, lambda: read_outliers(data.outliers, known()))
+    return found
+
+
+def outlier_images(data: Any) -> Images:
+    """As many as a data module's run needs, evenly spaced, without what is, or nearly is, a test image."""
+    test, intensity = data.test_images, data.view.intensity
+    needed = outliers_needed(data.trainer, len(data.normal_images), data.batch_size)
+
+    def chosen() -> Images:
+        images = outlier_source(data)
+        if needed is not None and needed < len(images):  # the rest would pass filter and frozen layers for nothing
+            rank_zero_info(f"This run's steps need only {needed} of {len(images)} outliers.")
+            images = evenly(images, needed)
+        return outliers_apart(images, test, intensity)
+
+    settings = (data.outliers, needed, test.fingerprint(data.root), intensity)
+    found: Images = data._once(data._listed, "outlier", settings, chosen)
+    return found
+
+
+def beside(normal: DataLoader[Batch], outlier: DataLoader[Batch]) -> CombinedLoader:
+    """Batches of both, each normal image once an epoch."""
+    mode: Any = "min_size" if len(outlier) >= len(normal) else "max_size_cycle"
+    return CombinedLoader({"normal": normal, "outlier": outlier}, mode)
 
 
 def outliers_apart(images: Images, test: Images, intensity: str) -> Images:
@@ -82,9 +135,12 @@ def outliers_apart(images: Images, test: Images, intensity: str) -> Images:
         PandaError: If nothing is left.
     """
     kept = apart_from(test, images, intensity)
-    rank_zero_info(f"{len(images) - len(kept)} of {len(images)} outliers are test images, or nearly, and are left out")
+    rank_zero_info(
+        f"{len(images) - len(kept)} of {len(images)} outliers are test images or near duplicates of them, and are "
+        "left out"
+    )
     if not len(kept):
-        raise PandaError("data.outliers holds no images besides test images: name others.")
+        raise PandaError("all images of data.outliers are test images: give other images.")
     return images.take(kept)
 
 

@@ -4,30 +4,29 @@ import os
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.arguments import Checked, Count, Number, Positive
 from panda_lightning.callbacks import Predictions
-from panda_lightning.datamodules.loaders import ShardedSampler
-from panda_lightning.pictures.images import View
+from panda_lightning.datamodules.loaders import ShardedSampler, pinned
+from panda_lightning.pictures.images import as_is
 from panda_lightning.pictures.loose import Loose, LooseDataset, pointed_at
-from panda_lightning.pictures.reading import as_is
+from panda_lightning.pictures.view import View
 from panda_lightning.types import Batch, PandaError
 
 
 class UnlabelledImages(Checked, pl.LightningDataModule):
-    """Any images, to be scored by a detector from a checkpoint, which knows how to resize them.
+    """Unlabelled images to score with a detector from a checkpoint; the checkpoint defines how to resize them.
 
-    They are read as they are scored, so that their number does not count; what cannot be read gets a row with the
-    reason. A run that was cut short goes on: see Predictions. The detector stays what it is, its bank included.
+    Images are read only when they are scored, so any number fits in memory; an unreadable image gets a row with the
+    reason. An interrupted run can continue: see Predictions. The detector and its bank are not changed.
 
     Args:
-        images: A folder (with its subfolders), a file, a pattern (``photos/2026-*/*.jpg``), or a text file with a path
-            a line; see pictures.loose.pointed_at.
-        eval_batch_size: Images of a step, on each process.
+        images: A folder (with its subfolders), a file, a pattern (``photos/2026-*/*.jpg``), or a text file with one
+            path per line; see pictures.loose.pointed_at.
+        eval_batch_size: Images per step, on each process.
         num_workers: Processes that read images; None is the number of processors, at most 8.
         max_megapixels: See AnomalyDataModule.
     """
@@ -49,7 +48,7 @@ class UnlabelledImages(Checked, pl.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage != "predict":
-            raise PandaError(f"unlabelled images cannot serve {stage}: score them with `lightning predict`.")
+            raise PandaError(f"unlabelled images cannot be used for {stage}: score them with `lightning predict`.")
         self._found = pointed_at(self.images)
 
     def names(self, images: Loose) -> list[str]:
@@ -73,11 +72,14 @@ class UnlabelledImages(Checked, pl.LightningDataModule):
         rank_zero_info(f"{len(left)} images to score" + (f"; {done} were scored before" if done else ""))
         workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
         dataset = LooseDataset(self._found, self.view, threads=not workers, rows=left)
+        batch = self.eval_batch_size
         return DataLoader(
             dataset,
-            batch_size=self.eval_batch_size,
-            sampler=ShardedSampler(len(left), trainer.world_size, trainer.global_rank, shuffle=False),
+            batch_size=batch,
+            sampler=ShardedSampler(
+                len(left), trainer.world_size, trainer.global_rank, shuffle=False, kinds=dataset.kinds, batch=batch
+            ),
             collate_fn=as_is,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned(trainer, dataset),
         )

@@ -10,9 +10,10 @@ import torch
 from rich.progress import track
 
 from panda_lightning.detectors.base import Detector
-from panda_lightning.detectors.scoring import computed_as
-from panda_lightning.pictures.images import View
+from panda_lightning.detectors.precision import computed_as
+from panda_lightning.detectors.scoring import ready
 from panda_lightning.pictures.loose import Loose, LooseDataset, pointed_at
+from panda_lightning.pictures.view import View
 from panda_lightning.types import PandaError
 
 SAME = 1e-5  # two pictures are one where they are so much nearer than others
@@ -25,9 +26,9 @@ def names(detector: Detector) -> list[str]:
         PandaError: If there is no bank of images.
     """
     detector.require_learned()
-    detector.ready()
+    ready(detector)
     if not isinstance(detector.bank, torch.Tensor):
-        raise PandaError(f"{detector.method} has no bank of images: train it anew with those that count.")
+        raise PandaError(f"{detector.method} has no bank of images: train it again with the images that you want.")
     return detector.bank_names or [str(row) for row in range(len(detector.bank))]
 
 
@@ -54,7 +55,7 @@ def add(detector: Detector, images: Any, batch_size: int = 32) -> list[str]:
     there = {os.path.realpath(name): name for name in before}
     for name in found.names:
         if os.path.realpath(name) in there or name in before:
-            raise PandaError(f"{name} is in the bank already, or named twice: name new images alone, each once.")
+            raise PandaError(f"{name} is already in the bank or was given twice: give only new images, each once.")
         there[os.path.realpath(name)] = name
     training = detector.training
     detector.eval()
@@ -70,7 +71,9 @@ def add(detector: Detector, images: Any, batch_size: int = 32) -> list[str]:
 
 def _rows(detector: Detector, found: Loose, batch_size: int) -> torch.Tensor:
     """What ``embed`` makes of new images; those that are not new are refused."""
-    dataset = LooseDataset(found, View.of((detector.origin or {})["view"]), threads=True)
+    view = View.of((detector.origin or {})["view"])
+    dataset = LooseDataset(found, view, threads=True)
+    batch_size = batch_size if view.sides is not None else 1
     embed: Any = detector.embed
     parts: list[torch.Tensor] = []
     seen: dict[bytes, str] = {}
@@ -93,6 +96,11 @@ def _rows(detector: Detector, found: Loose, batch_size: int) -> torch.Tensor:
             if "distance" in near and near["distance"][i, 0] <= SAME * near["distance"][i, -1]:
                 other = detector.bank_names[int(near["neighbour"][i, 0])] if detector.bank_names else "an image"
                 raise PandaError(f"{name} shows the same as {other} of the bank: leave it out.")
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise PandaError(
+            f"the new images have different sizes, but {detector.method} adds images of only one size at a time: "
+            "add each size separately."
+        )
     return torch.cat(parts)
 
 

@@ -11,12 +11,15 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Number, OpenShare
 from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.checks import require_shapes
 from panda_lightning.detectors.steps import real_images, seeded
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
 from panda_lightning.networks.scratch import deep_svdd_networks
 from panda_lightning.runtime.derived import Derived
-from panda_lightning.runtime.features import extract, gather, on_device
+from panda_lightning.runtime.features import extract, on_device
+from panda_lightning.runtime.gathering import gather
+from panda_lightning.runtime.processes import of_each
 from panda_lightning.types import Batch
 
 
@@ -27,11 +30,12 @@ class DeepSVDD(Detector):
               \text{soft: } R^2 + \frac{1}{\nu B} \sum_x \max(0, d(x) - R^2) \qquad
               d(x) = \lVert \phi(x) - c \rVert^2
 
-    Two phases of one ``fit``: an autoencoder learns first, whose encoder is phi's start (the score is then the mean
-    squared error of reconstruction); then c is set to the mean of phi over the normal training images, entries closer
-    to 0 than 0.1 pushed to it, and the encoder learns the loss above (the score is then d, less R^2 where the boundary
-    is soft). Images are contrast-normalised by the L1 norm and scaled by the range of the normal training images.
-    Schedule and rates are the paper's: 350 + 150 epochs; batch 200 is an option of the data.
+    One ``fit`` has two phases. First an autoencoder is trained, and its encoder initialises phi (in this phase the
+    score is the mean squared reconstruction error). Then c is set to the mean of phi over the normal training images,
+    with entries closer to 0 than 0.1 moved to 0.1 or -0.1, and the encoder is trained with the loss above (the score is
+    then d, minus R^2 for the soft boundary). Images are contrast-normalised by the L1 norm and scaled by the range of
+    the normal training images. Schedule and learning rates are those of the paper: 350 + 150 epochs; its batch size of
+    200 is an argument of the data module.
 
     Args:
         network: mnist, fashion_mnist (for 28 px, one channel), cifar10 (32 px), 64px (one more block), or auto, by
@@ -40,8 +44,8 @@ class DeepSVDD(Detector):
         nu: Share of images that may lie outside the soft boundary.
         warm_up: Epochs of the second phase before the soft boundary's R is set to the 1 - nu quantile.
         pretrain_epochs: Epochs of the autoencoder.
-        pretrain_milestone: Its learning rate is divided by ten from here on.
-        milestone: That of the second phase, counted from its start, likewise.
+        pretrain_milestone: Epoch from which its learning rate is divided by ten.
+        milestone: The same for the second phase, counted from its start.
         lr: Adam's learning rate, in both phases.
         weight_decay: Adam's weight decay.
 
@@ -57,6 +61,7 @@ class DeepSVDD(Detector):
     range = Derived[tuple[float, float] | None](None)
     centre = Derived[Tensor | None](None)
     radius = Derived[Tensor](torch.zeros(()))
+    SHAPES = "square"
 
     def __init__(
         self,
@@ -83,15 +88,22 @@ class DeepSVDD(Detector):
         self.weight_decay = weight_decay
         self.size = 0
 
+    @property
+    @override
+    def auroc_name(self) -> str:
+        return "auroc_autoencoder" if self.centre is None else super().auroc_name  # by reconstruction errors
+
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.trainer.max_epochs in range(self.pretrain_epochs + 1):
             rank_zero_warn(
-                f"max_epochs={self.trainer.max_epochs} end within the autoencoder's {self.pretrain_epochs}: scores are "
-                "its errors, not Deep SVDD's. Choose more, or fewer pretrain_epochs."
+                f"max_epochs={self.trainer.max_epochs} only trains the autoencoder "
+                f"(pretrain_epochs={self.pretrain_epochs}): scores are its reconstruction errors, not Deep "
+                "SVDD's. Raise max_epochs, or lower pretrain_epochs."
             )
         if stage == "fit":
+            require_shapes(self, self.data.view)
             self.build(self.data.view.size)
 
     def build(self, size: int) -> None:
@@ -140,7 +152,7 @@ class DeepSVDD(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        batch = real_images(batch)
+        batch = real_images(self, batch)
         index = batch["index"]
         if self.centre is None:
             loss, count = self.batch_mean(self.reconstruction_error(batch), index)
@@ -148,13 +160,20 @@ class DeepSVDD(Detector):
         distance = self.distance(batch)
         if self.boundary == "soft":
             if self.current_epoch >= self.pretrain_epochs + self.warm_up:
-                _, everyone = gather([(index, distance.detach())])
-                self.radius = torch.quantile(everyone.sqrt().to(self.device), 1 - self.nu)
+                self.radius = torch.nanquantile(self._of_all(distance.detach()).sqrt(), 1 - self.nu)
             distance = losses.soft_boundary(distance, self.radius, self.nu)
         loss, count = self.batch_mean(distance, index)
         if self.trainer.world_size > 1:  # DDP waits for a gradient of every parameter
             loss = loss + 0 * torch.stack([p.sum() for p in self.decoder.parameters()]).sum()
         return self.logged_sum({"deep_svdd": loss}, count)
+
+    def _of_all(self, distance: Tensor) -> Tensor:
+        """Distances of the step's images on all processes, and NaN where a process has fewer than others."""
+        if self.trainer.world_size == 1:
+            return distance
+        padded = distance.new_full((self.data.batch_size // self.trainer.world_size,), torch.nan)
+        padded[: len(distance)] = distance
+        return of_each(padded)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
 from panda_lightning.arguments import Count
+from panda_lightning.detectors.calibrating import are_among, others
+from panda_lightning.detectors.checks import require_room
+from panda_lightning.detectors.explaining import nearest_images
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.backbones import Optimize, Pool
 from panda_lightning.networks.prefix_cache import cache_prefix
-from panda_lightning.networks.pyramid import positions, resized
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
+from panda_lightning.runtime.systems import widenable
+from panda_lightning.search.coreset import kmeans
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.search.sharded import ShardedIndex
 from panda_lightning.types import Batch, PandaError
@@ -31,24 +34,28 @@ class DN2(PretrainedDetector):
     Args:
         backbone: A timm name (``resnet152.tv_in1k``), ``local-dir:PATH``, ``hf-hub:ID``, ``panda_tiny`` (bundled), or a
             checkpoint file of this project.
-        weights: A file with weights for the named architecture, in place of timm's.
+        weights: A file with weights for the named architecture, instead of timm's.
         k: Neighbours to sum over.
-        normalize: L2-normalise features before distances are taken; often helps, above all on blurred or small images.
-        centroids: Reduce the bank to so many k-means centroids for scoring; None keeps every image. Search is then as
-            fast as for a bank of that size, at a small loss of AUROC.
-        optimize: How the network is computed, each with what is before it: plain, channels_last, folded (BatchNorm of
-            frozen layers folded into convolutions), compiled (torch.compile). Scores agree to float32's rounding.
-        index_backend: torch, faiss, or auto: torch on a GPU, faiss on a CPU.
-        index_memory_mb: Memory a chunk of the search may take, in MiB.
-        shard_bank: Let each process hold its own images' part of the bank and search it for all, for banks too large
-            for one device. Scores are the same.
+        normalize: L2-normalise features before computing distances; this often helps, especially for blurred or small
+            images.
+        centroids: Reduce the bank to this many k-means centroids for scoring; None keeps every image. The search is
+            then as fast as with a bank of that size, at a small loss of AUROC.
+        optimize: How the network is computed: plain, channels_last, folded (BatchNorm of frozen layers folded into
+            convolutions) or compiled (torch.compile); each option includes those before it. Scores agree up to float32
+            rounding.
+        index_backend: torch, faiss, or auto, see KNNIndex.
+        index_memory_mb: Memory that one chunk of the search may use, in MiB.
+        shard_bank: Each process keeps only its own images' part of the bank and searches it for all processes; for
+            banks too large for one device. Scores are the same.
+        pool: Features of a token-based network, such as a ViT: token (the class token), avg (the mean of the patch
+            tokens) or both (concatenated); None uses the pooling of the network's pretraining.
 
     Attributes:
         index: Searches the entries.
-        bank: Features of the normal training images, a row each, as the network gives them.
-        bank_is_whole: False where it holds this process's images alone: rank, rank + world, ...
-        reduction: The centroids, and what they were made from.
-        held_features: Those of the images that were held back, so that their scores can follow the bank.
+        bank: Features of the normal training images, one row per image, as the network outputs them.
+        bank_is_whole: False if it has only this process's images: rank, rank + world, ...
+        reduction: The centroids, and the data they were made from.
+        held_features: Features of the held-back images, so that their scores can be updated when the bank changes.
     """
 
     SCORING = ("k", "normalize", "centroids")
@@ -68,15 +75,17 @@ class DN2(PretrainedDetector):
         index_backend: Backend = "auto",
         index_memory_mb: Count = 512,
         shard_bank: bool = False,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__(backbone, weights, optimize)
+        self.pool = pool
         self.save_hyperparameters()
         self.k = k
         self.normalize = normalize
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
         if centroids is not None and shard_bank:
-            raise PandaError(f"centroids={centroids} make one small bank of all images: leave shard_bank out.")
+            raise PandaError(f"centroids={centroids} reduce all images to one small bank: leave shard_bank out.")
         self.centroids = centroids
         self.shard_bank = shard_bank
         self.index = (ShardedIndex if shard_bank else KNNIndex)(index_backend, index_memory_mb)
@@ -91,43 +100,24 @@ class DN2(PretrainedDetector):
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
-        features = self.embed(batch)
-        listed = min(max(self.k + 1, self.LISTED), len(self.index))
-        count = self.k if self.reduced else max(self.k, listed)  # a k that the bank has not is refused by the search
-        distances, rows = self._neighbours(features, count)
-        found = {"score": distances[:, : self.k].sum(dim=1)}
-        if not self.reduced:  # a centroid is no image
-            found |= {"neighbour": rows, "distance": distances}
-        if self.maps:
-            found["map"] = self._shares(batch, features, rows[:, : self.k])
-        return found
+        return nearest_images(self, batch)
 
     def _neighbours(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return self.index.search(self.scoring_space(features), count)
 
-    def _shares(self, batch: Batch, features: Tensor, rows: Tensor) -> Tensor:
-        r"""How the positions p of the last feature map g make up the score: (B, H, W), whose mean is the score.
-
-        .. math:: \sum_i \lVert f - f_i \rVert^2 = \frac1P \sum_p \sum_i (f - f_i) \cdot (g_p - f_i),
-                  \quad f = \frac1P \sum_p g_p
-
-        With ``normalize``, g and f are divided by the length of f.
-        """
-        if self.shard_bank:
-            raise PandaError("maps need the whole bank on each process: leave shard_bank out.")
-        parts = positions(self.backbone, batch["image"])  # (B, D, h, w)
-        length = features.norm(dim=1) if self.normalize else torch.ones_like(features[:, 0])
-        near = self.entries()[rows]  # (B, k, D)
-        gaps = self.scoring_space(features).unsqueeze(1) - near
-        shares = torch.einsum("bd,bdhw->bhw", gaps.sum(dim=1), parts / length.view(-1, 1, 1, 1))
-        shares = shares - (gaps * near).sum(dim=(1, 2)).view(-1, 1, 1)
-        return resized(shares, batch["image"].shape[-1])
-
     @override
     def accept(self, data: Any) -> None:
         super().accept(data)
-        if self.bank is None and self.k > (size := len(data.normal_images)):
+        if self.shard_bank and data.view.sides is None:
+            raise PandaError(
+                "shard_bank needs images of one size, but crop=none gives different sizes: leave one of the two out."
+            )
+        if self.bank is not None:
+            return
+        if self.k > (size := len(data.normal_images)):
             raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+        if hasattr(self, "backbone"):
+            require_room(self, size)
 
     @override
     def on_test_start(self) -> None:
@@ -136,6 +126,11 @@ class DN2(PretrainedDetector):
                 cache_prefix(self.trainer, self.backbone, loader, 0, False, self.prefix_cache_dir)
 
     # ---- the bank ------------------------------------------------------------------------------------------------
+
+    @override
+    def drop_bank(self) -> None:
+        super().drop_bank()
+        self.index = type(self.index)(self.index.backend, self.index.memory_mb)
 
     @override
     def make_bank(self) -> Tensor:
@@ -148,7 +143,7 @@ class DN2(PretrainedDetector):
     def fit_index(self) -> int:
         assert self.bank is not None
         if self.shard_bank and self.bank_is_whole:  # as it comes out of a checkpoint
-            self.bank, self.bank_is_whole = self.index.own(self.bank), False
+            self.bank, self.bank_is_whole = self.index.own(self.bank).to(self.device), False
         return len(self.index.fit(self.entries()))
 
     def entries(self) -> Tensor:
@@ -157,11 +152,8 @@ class DN2(PretrainedDetector):
             return self.scoring_space(self.bank.to(self.device))
         made_from = [self.bank_weights, self.normalize]
         if self.reduction is None or self.reduction[0] != made_from or len(self.reduction[1]) != self.centroids:
-            from sklearn.cluster import KMeans  # slow to import
-
-            features = self.scoring_space(self.bank.cpu()).numpy()
-            kmeans = KMeans(self.centroids, n_init=1, random_state=0).fit(features)
-            self.reduction = (made_from, torch.from_numpy(kmeans.cluster_centers_))
+            assert self.centroids is not None
+            self.reduction = (made_from, kmeans(self.scoring_space(self.bank.cpu()), self.centroids))
         return self.reduction[1].to(self.device)
 
     @override
@@ -172,6 +164,17 @@ class DN2(PretrainedDetector):
     def reduced(self) -> bool:
         """Whether the index holds centroids in place of the bank's images."""
         return self.bank is not None and self.centroids is not None and self.centroids < len(self.bank)
+
+    @override
+    def whole(self) -> dict[str, Any]:
+        parts = self.bank is not None and not self.bank_is_whole
+        return super().whole() | ({"bank": self.index.whole(self.bank), "bank_is_whole": True} if parts else {})
+
+    @override
+    def all_scored(self) -> None:
+        self.index.serve()
+
+    # ---- p-values, and a bank that changes: no part of a plain fit -------------------------------------------------
 
     def normal_score(self) -> float:
         """Mean score of the normal training images, none counted as its own neighbour."""
@@ -186,7 +189,7 @@ class DN2(PretrainedDetector):
         return self._held_scores(self.held_features)
 
     def _held_scores(self, features: Tensor) -> Tensor:
-        scores = self._neighbours(features.to(self.device), self.k)[0].sum(dim=1).double()
+        scores = widenable(self._neighbours(features.to(self.device), self.k)[0].sum(dim=1)).double()
         self.all_scored()
         return scores
 
@@ -204,12 +207,7 @@ class DN2(PretrainedDetector):
 
     @override
     def held_back(self, rows: Tensor) -> Tensor:
-        if self.held_features is None:
-            return super().held_back(rows)
-        wide = rows.double().cpu()
-        nearest = torch.cdist(wide, self.held_features.double()).amin(dim=1)
-        found: Tensor = nearest <= 1e-5 * torch.linalg.vector_norm(wide, dim=1)  # the same features, but for rounding
-        return found
+        return super().held_back(rows) if self.held_features is None else are_among(rows, self.held_features)
 
     @override
     def recalibrate(self) -> None:
@@ -235,20 +233,4 @@ class DN2(PretrainedDetector):
         Raises:
             PandaError: If there are not as many.
         """
-        features = self.scoring_space(self.bank.to(self.device)[::step])
-        if count >= len(self.index):
-            raise PandaError(f"k={count} neighbours beside the image itself need a bank of {count + 1} or more.")
-        distances, rows = self.index.search(features, count + 1)
-        itself = rows == self.index.rows(len(self.bank))[::step].to(rows).unsqueeze(1)
-        distances, order = distances.masked_fill(itself, torch.inf).sort(dim=1)  # copies may hide the image itself
-        self.index.serve()
-        return distances[:, :count], rows.gather(1, order)[:, :count]
-
-    @override
-    def whole(self) -> dict[str, Any]:
-        parts = self.bank is not None and not self.bank_is_whole
-        return super().whole() | ({"bank": self.index.whole(self.bank), "bank_is_whole": True} if parts else {})
-
-    @override
-    def all_scored(self) -> None:
-        self.index.serve()
+        return others(self, count, step)

@@ -14,10 +14,11 @@ from torch.func import functional_call
 from panda_lightning.arguments import subclasses
 from panda_lightning.callbacks import SampleWiseEarlyStopping
 from panda_lightning.detectors.base import Detector
+from panda_lightning.detectors.scoring import ready
 from panda_lightning.formulas.conformal import flagged
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.pictures.images import View
 from panda_lightning.pictures.resampling import fitted
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.agreement import made_with
 from panda_lightning.runtime.checkpoints import read_tensors, require_whole
 from panda_lightning.runtime.results import level_of
@@ -26,9 +27,10 @@ from panda_lightning.types import PandaError
 
 OUTPUTS = ("score", "p_value", "anomalous", "map", "ses_score")
 READING = (
-    "images: uint8 RGB (batch, 3, height, width), turned upright as the EXIF tag says, grey repeated, transparency "
-    "dropped, after the rule that preprocessing names as intensity: bits:N and auto make 8 bits of deeper values "
-    "alone, window:LO,HI maps the values of every picture so that LO is 0 and HI is 255"
+    "images: uint8 RGB (batch, 3, height, width), rotated by the EXIF tag, grey repeated to three channels, "
+    "transparency dropped, converted to 8 bits by the rule that preprocessing names as intensity: bits:N and "
+    "auto change only files with more than 8 bits, window:LO,HI maps the values of every picture so that LO is "
+    "0 and HI is 255"
 )
 
 
@@ -50,12 +52,13 @@ def from_checkpoint(path: str | Path) -> Detector:
     cls: Any = next((cls for cls in known if name in _paths(cls)), None)
     if cls is None:
         raise PandaError(
-            f"{path} is of {name or 'a class that it does not name'}, which is no detector here: known are "
-            f"{', '.join(sorted(cls.__name__ for cls in known))}; import the module of your own class before."
+            f"{path} is a checkpoint of {name or 'an unnamed class'}, which is not a known detector "
+            f"({', '.join(sorted(cls.__name__ for cls in known))}): if it is your own class, import its module "
+            "first."
         )
     detector: Detector = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     detector.require_learned()
-    detector.ready()
+    ready(detector)
     return detector
 
 
@@ -71,13 +74,13 @@ def in_float32(detector: Detector) -> Detector:
 
 
 class Exported(nn.Module):
-    """All that a detector does with pictures of one size, without a choice that depends on values.
+    """A detector for pictures of one size, from input to outputs, without control flow that depends on values.
 
     Args:
         path: The checkpoint.
-        resizes: Whether pictures of any size come in and are resized, or come at their final size.
+        resizes: Whether the input may have any size and is resized, or must already have its final size.
         alpha: Level of the decision, see Calibration.level.
-        half: Keep the bank in float16; for weights see Half.
+        half: Keep the bank in float16; for the weights see Half.
 
     Attributes:
         outputs: What ``forward`` returns, by name.
@@ -99,26 +102,33 @@ class Exported(nn.Module):
         self.calibration = None if calibration is None else torch.from_numpy(calibration.scores)
         self.kind = None if calibration is None else calibration.words
         self.level = level_of(calibration, alpha)
-        self.side: int = detector.origin["view"]["image_size"]  # type: ignore[index]
-        self.view = View.of(detector.origin["view"]) if resizes else None  # type: ignore[index]
+        view = View.of(detector.origin["view"])  # type: ignore[index]  # from_checkpoint has required it
+        if view.sides is None:
+            raise PandaError(
+                "an exported file resizes all pictures to one size, but this detector was made with crop=none: "
+                "make it with crop=center or squash, and image_size=[H, W] for pictures that are not square."
+            )
+        self.sides = view.sides
+        self.view = view if resizes else None
         detector.trace_search(TracedIndex(), keep)
         self.ses = snapshots(detector, path, keep)
         self.requires_grad_(False)
-        found = self.found(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8))
+        found = self.found(torch.zeros(1, 3, *self.sides, dtype=torch.uint8))
         self.outputs = [name for name in OUTPUTS if name in found]
 
     def facts(self) -> dict[str, Any]:
         """What a file's users should know: primitives."""
         detector, origin = self.detector, self.detector.origin or {}
         words = {**origin["view"], "resized inside": self.view is not None, "pillow": PIL.__version__}
-        bank = getattr(detector, "index", None) or (detector.bank or {}).get("support", ())
+        bank = getattr(detector, "index", None) or detector.bank
+        bank = bank.get("support", ()) if isinstance(bank, dict) else bank  # OCSVM's; a user's own may be anything
         return {
             "detector": detector.method,
             "arguments": {k: v for k, v in detector.hparams.items() if k[0] != "_" and k not in detector.COMPUTING},
             "network": detector.whole().get("network"),
             "input": READING,
             "preprocessing": words,
-            "bank_size": len(bank),
+            "bank_size": 0 if bank is None else len(bank),
             "bank_changes": dict(zip(("added", "taken out"), map(len, detector.bank_changes), strict=True)),
             "trained_on": {"data": origin["data"], **origin["problem"], "images": origin["normal training images"]},
             "calibration": self.kind or "none",
@@ -131,8 +141,8 @@ class Exported(nn.Module):
         index, bank = getattr(self.detector, "index", None), self.detector.bank
         if isinstance(index, TracedIndex):
             found["bank"] = index.bank
-        elif bank is not None:
-            found |= {name: bank[name] for name in ("support", "alpha")}
+        elif isinstance(bank, dict):
+            found |= {name: bank[name] for name in ("support", "alpha") if name in bank}
         return found
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +165,7 @@ class Exported(nn.Module):
 
 
 class Half(nn.Module):
-    """The graph of Exported with its weights in float16, which are widened before use."""
+    """The graph of Exported with float16 weights, which are converted to float32 before use."""
 
     def __init__(self, exported: Exported) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ from panda_lightning.detectors.panda import PANDA
 from panda_lightning.detectors.steps import draws, of_all
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.adapting import Adapt
+from panda_lightning.networks.backbones import Optimize, Pool
 from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch
 
@@ -23,10 +24,11 @@ class MSC(PANDA):
 
     .. math:: L = L_{msc}(f(x'), f(x''), c) \; [+ \; \lVert f - c \rVert^2]
 
-    f are L2-normalised features, x' and x'' two random views of each image, c the mean of the pretrained normalised
-    features of the normal training images; the second term, the angular one, is an option, and c is then normalised
-    itself. Scores are DN2's on normalised features. Its batch of 64 is an option of the data. Views are new in each
-    epoch, so training images pass the frozen layers every time; the test images pass them once.
+    f are L2-normalised features, x' and x'' are two random views of each image, and c is the mean of the pretrained
+    normalised features of the normal training images. The second term (the angular term) is optional; with it, c is
+    normalised too. Scores are those of DN2 on normalised features. The paper's batch size of 64 is an argument of the
+    data module. Views are drawn again in each epoch, so training images pass through the frozen layers every time; test
+    images pass through them once.
 
     Args:
         backbone: See DN2.
@@ -47,6 +49,9 @@ class MSC(PANDA):
         index_backend: See DN2.
         index_memory_mb: See DN2.
         shard_bank: See DN2.
+        pool: See DN2.
+        adapt: See PANDA.
+        lora_rank: See PANDA.
     """
 
     def __init__(
@@ -69,11 +74,14 @@ class MSC(PANDA):
         index_backend: Backend = "auto",
         index_memory_mb: Count = 512,
         shard_bank: bool = False,
+        pool: Pool | None = None,
+        adapt: Adapt = "stages",
+        lora_rank: Count = 8,
     ) -> None:
         super().__init__(
             backbone, weights, adapt_stages, k, True, centroids, True, 0.0, "auto", lr, momentum, weight_decay,
             grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir, optimize, index_backend, index_memory_mb,
-            shard_bank,
+            shard_bank, pool, adapt, lora_rank,
         )  # fmt: skip
         self.temperature = temperature
         self.angular = angular

@@ -16,6 +16,8 @@ from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
+from panda_lightning.runtime.sizes import in_words
+from panda_lightning.runtime.systems import wide_device, widenable
 from panda_lightning.types import Batch, PandaError
 
 Array = npt.NDArray[np.float64]
@@ -31,27 +33,28 @@ class OCSVM(PretrainedDetector):
 
     .. math:: s(x) = -\sum_i \alpha_i \exp(-\gamma \lVert z(x) - z_i \rVert^2)
 
-    The machine's offset, one number for all images, is left out: far images' small similarities would drown in it.
-    z by ``inputs``: pixels_pca (contrast-normalised by the L1 norm, scaled to [0, 1] by the range of the normal
-    training images, PCA keeping 95 % of the variance, as for Deep SVDD's table), pixels (scaled to [-1, 1], as in
-    GEOM), or backbone (a pretrained network's features). Grey images count once, not three times.
+    The SVM's offset is the same for all images and is left out: the small similarities of distant images would be lost
+    in its rounding. ``inputs`` chooses z: pixels_pca (contrast-normalised by the L1 norm, scaled to [0, 1] by the range
+    of the normal training images, then PCA with 95 % of the variance, as in Deep SVDD's table), pixels (scaled to [-1,
+    1], as in GEOM), or backbone (a pretrained network's features). Grey images have one channel here, not three.
 
-    The published figures chose gamma and nu by test labels. The default does not; ``select`` does as they did, and then
-    every output says oracle. Nothing is trained by steps: ``lightning test`` fits the machine and saves ``last.ckpt``.
+    The published results chose gamma and nu by test labels. The default does not; ``select`` does the same as the
+    publications, and every output is then marked oracle. There are no training steps: ``lightning test`` fits the SVM
+    and saves ``last.ckpt``.
 
     Args:
-        backbone: See DN2; used for ``inputs=backbone`` alone.
+        backbone: See DN2; used only for ``inputs=backbone``.
         weights: See DN2.
-        inputs: What the machine sees.
-        nu: Bound on the share of normal images outside.
+        inputs: Input of the SVM, see above.
+        nu: Upper bound on the share of normal images outside the boundary.
         gamma: Of the kernel; scale is 1 / (dimensions x variance).
         select: none; tenth: gamma in 2^-10..2^-1 by AUROC on a tenth of the test images (oracle); test: nu in 0.1..0.9
             and gamma in 2^-7..2^2 by AUROC on all test images (oracle).
         optimize: See DN2.
 
     Attributes:
-        bank: The machine: z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma, all float64;
-            and of which normal image each support vector is, (S,).
+        bank: The SVM: z = (x - mean) @ components, support vectors (S, P), their alpha (S,), gamma, all float64; and
+            the row of each support vector's normal image, (S,).
     """
 
     bank = Derived[dict[str, Tensor] | None](None)
@@ -83,6 +86,11 @@ class OCSVM(PretrainedDetector):
     def auroc_name(self) -> str:
         return "auroc" if self.select == "none" else "auroc_oracle"
 
+    @property
+    @override
+    def SHAPES(self) -> Literal["any", "one"]:  # type: ignore[override]  # pixels are compared one by one
+        return "any" if self.inputs == "backbone" else "one"
+
     @override
     def load_backbone(self) -> None:
         if self.inputs == "backbone":
@@ -103,15 +111,18 @@ class OCSVM(PretrainedDetector):
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:
         if self.bank is None:
-            raise PandaError(f"{self.method} has no bank of normal images yet: a test makes it.")
+            raise PandaError(f"{self.method} has no bank of normal images yet: run a test, which makes it.")
         m = self.bank
-        z, support = _projected(self.embed(batch).double(), m), m["support"]
+        z, support = _projected(widenable(self.embed(batch)).double(), m), m["support"]
         squared = z.square().sum(dim=1, keepdim=True) - 2 * z @ support.mT + support.square().sum(dim=1)
         distances = squared.clamp(min=0).sqrt()
         found = {"score": -torch.exp(-m["gamma"] * distances.square()) @ m["alpha"]}
         if "image" in m:
             distance, row = distances.topk(min(self.LISTED, distances.shape[1]), largest=False)
             found |= {"neighbour": m["image"][row], "distance": distance}
+        home = batch["image"].device
+        if home != z.device:  # which has no float64
+            found = {name: (t.float() if t.is_floating_point() else t).to(home) for name, t in found.items()}
         return found
 
     # ---- fitting -------------------------------------------------------------------------------------------------
@@ -119,7 +130,7 @@ class OCSVM(PretrainedDetector):
     @override
     def fit_index(self) -> int:
         assert self.bank is not None
-        self.bank = {name: t.to(self.device) for name, t in self.bank.items()}
+        self.bank = {name: t.to(wide_device(self.device)) for name, t in self.bank.items()}
         return len(self.bank["support"])
 
     @override
@@ -127,7 +138,7 @@ class OCSVM(PretrainedDetector):
         """Fit the machine on the normal training images."""
         from sklearn.svm import OneClassSVM  # slow to import
 
-        train = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Normal images").double().cpu()
+        train = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Normal images").cpu().double()
         space = self._space(train)
         z = _projected(train, space).numpy()
         gamma, nu = 1 / (z.shape[1] * z.var()) if self.gamma == "scale" else float(self.gamma), self.nu
@@ -165,13 +176,13 @@ class OCSVM(PretrainedDetector):
         from sklearn.svm import OneClassSVM
 
         loader = self.data.test_dataloader()
-        test = extract(self.trainer, self.embed, loader, "Test images").double().cpu()
+        test = extract(self.trainer, self.embed, loader, "Test images").cpu().double()
         label = loader.dataset.label
         if self.select == "tenth":
             rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.data.seed))[: len(test) // 10]
             test, label = test[rows], label[rows]
         z = _projected(test, space)
-        rank_zero_info(f"{self.method}: kernels of {8 * len(train) * (2 * len(train) + len(z)) / 2**30:.1f} GiB")
+        rank_zero_info(f"{self.method}: kernels of {in_words(8 * len(train) * (2 * len(train) + len(z)))}")
         own, cross = (torch.cdist(a, torch.from_numpy(train)).square() for a in (torch.from_numpy(train), z))
         nus, gammas = GRIDS[self.select]
         found = []

@@ -11,7 +11,8 @@ from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.callbacks import FeatureHealth
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.adapting import Adapt
+from panda_lightning.networks.backbones import Optimize, Pool
 from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.knn import Backend
@@ -25,9 +26,9 @@ class PANDA(DN2):
               + \frac{\lambda}{2} \sum_i F_i (\theta_i - \theta^0_i)^2
 
     c is the mean of the pretrained features of the normal training images and stays constant; F is the diagonal of the
-    pretraining task's Fisher information. The published forms are settings: Early is ``ewc_weight=0`` with few epochs,
-    EWC is the default. The bank is extracted anew after every epoch. The constructor's defaults are the published
-    recipe; its batch of 32 is an option of the data.
+    pretraining task's Fisher information. The published variants are settings: Early is ``ewc_weight=0`` with few
+    epochs, EWC is the default. The bank is extracted again after every epoch. The default arguments are the published
+    recipe; its batch size of 32 is an argument of the data module.
 
     Args:
         backbone: See DN2.
@@ -37,32 +38,38 @@ class PANDA(DN2):
         normalize: See DN2: L2-normalise features for scoring.
         centroids: See DN2.
         normalize_loss: L2-normalise features for the centre and the compactness loss too.
-        ewc_weight: Lambda; 0 turns EWC off. It means something only together with how ``fisher`` was estimated.
-        fisher: FILE (safetensors or .pth by plain parameter names; `panda fisher` makes one), ``auto`` (the one beside
-            the network's weights; without one, estimated on the normal training images with labels drawn from the
-            pretrained classifier, and kept on disk), or ``ones`` (L2 towards the start weights).
+        ewc_weight: Lambda; 0 turns EWC off. Its scale depends on how ``fisher`` was estimated.
+        fisher: FILE (safetensors or .pth with plain parameter names; `panda fisher` makes one), ``auto`` (the file
+            stored with the network's weights; if there is none, an estimate on the normal training images with labels
+            drawn from the pretrained classifier, cached on disk), or ``ones`` (L2 towards the pretrained weights).
         lr: Learning rate of SGD.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
-        grad_clip: Global gradient norm to clip to at every step, None for no clipping. It is small: steps are nearly
-            scale-free.
-        prefix_cache_gb: Memory for the output of the frozen layers, which every image then passes once, in GiB on each
-            process; 0 turns it off. What does not fit passes all layers each time.
-        prefix_cache_half: Keep it in float16.
-        prefix_cache_dir: Keep it in files of this folder instead, of any size that the disk holds; later runs on the
-            same images with the same frozen layers find it there, and processes of one machine share it.
+        grad_clip: Global gradient norm to clip to at every step, None for no clipping. The default is so small that
+            steps depend little on the scale of the loss.
+        prefix_cache_gb: Memory to cache the output of the frozen layers, so that every image passes through them only
+            once, in GiB on each process; 0 turns the cache off. If the training or test images do not fit, they pass
+            through all layers each time.
+        prefix_cache_half: Keep the cache in float16.
+        prefix_cache_dir: Keep the cache in files in this folder instead, limited only by the disk; later runs on the
+            same images with the same frozen layers reuse it, and processes on one machine share it.
         optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
         shard_bank: See DN2.
+        pool: See DN2.
+        adapt: Which parameters of the last stages are trained: stages (all, as published), norm (scales and shifts of
+            normalisation layers), or lora (a low-rank change added to the weights of each linear layer or 1 x 1
+            convolution; EWC then penalises this change).
+        lora_rank: Rank of the change for ``adapt=lora``.
 
     Attributes:
         centre: (D,), c.
-        start: The adapted parameters before training, by plain timm name.
-        fisher: F, likewise; None without EWC.
+        start: The adapted weights before training, by plain timm name.
+        fisher: F, by plain timm name; None without EWC.
         compactness_before: Mean compactness of the normal training images before training.
-        first_neighbours: The nearest others of some of them before training, see FeatureHealth.
-        first_rank: The effective rank of their features before training, likewise.
+        first_neighbours: For some of these images, their nearest neighbours before training, see FeatureHealth.
+        first_rank: The effective rank of their features before training, see FeatureHealth.
     """
 
     centre = Derived[Tensor | None](None)
@@ -94,13 +101,17 @@ class PANDA(DN2):
         index_backend: Backend = "auto",
         index_memory_mb: Count = 512,
         shard_bank: bool = False,
+        pool: Pool | None = None,
+        adapt: Adapt = "stages",
+        lora_rank: Count = 8,
     ) -> None:
         super().__init__(
-            backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb, shard_bank
+            backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb, shard_bank, pool
         )
-        self.adapt(
-            adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
-        )
+        self.learn_by(
+            adapt_stages, adapt, lora_rank, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half,
+            prefix_cache_dir,
+        )  # fmt: skip
         self.normalize_loss = normalize_loss
         self.ewc_weight = ewc_weight
         self.fisher_source = fisher

@@ -11,7 +11,8 @@ from typing_extensions import override
 from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.detectors.steps import linear, seeded
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.adapting import Adapt
+from panda_lightning.networks.backbones import Optimize, Pool
 from panda_lightning.types import Batch
 
 
@@ -20,8 +21,9 @@ class PANDAOE(PretrainedDetector):
 
     .. math:: L = \frac{1}{2B} \sum_{x, y} BCE(y, \sigma(w \cdot f(x) + b)), \quad s(x) = w \cdot f(x) + b
 
-    y is 0 for normal images and 1 for outliers (``data.outliers``), of which each step has a batch; w and b are a new
-    head. The score is the logit: its sigmoid, as published, ranks the same until it saturates. There is no bank.
+    y is 0 for normal images and 1 for outliers (``data.outliers``); each step has a batch of both. w and b are a new
+    head. The score is the logit; the paper's score is its sigmoid, which gives the same ranking until it saturates.
+    There is no bank.
 
     Args:
         backbone: See DN2.
@@ -31,10 +33,13 @@ class PANDAOE(PretrainedDetector):
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         grad_clip: Global gradient norm to clip to at every step; None for no clipping.
-        prefix_cache_gb: See PANDA; outliers come last.
+        prefix_cache_gb: See PANDA; outliers are cached last.
         prefix_cache_half: See PANDA.
         prefix_cache_dir: See PANDA.
         optimize: See DN2.
+        pool: See DN2.
+        adapt: See PANDA.
+        lora_rank: See PANDA.
     """
 
     OUTLIERS = True
@@ -53,12 +58,17 @@ class PANDAOE(PretrainedDetector):
         prefix_cache_half: bool = False,
         prefix_cache_dir: str | None = None,
         optimize: Optimize = "folded",
+        pool: Pool | None = None,
+        adapt: Adapt = "stages",
+        lora_rank: Count = 8,
     ) -> None:
         super().__init__(backbone, weights, optimize)
         self.save_hyperparameters()
-        self.adapt(
-            adapt_stages, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half, prefix_cache_dir
-        )
+        self.pool = pool
+        self.learn_by(
+            adapt_stages, adapt, lora_rank, lr, momentum, weight_decay, grad_clip, prefix_cache_gb, prefix_cache_half,
+            prefix_cache_dir,
+        )  # fmt: skip
 
     @property
     @override

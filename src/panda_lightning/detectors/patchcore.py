@@ -1,49 +1,60 @@
 """PatchCore: anomalous pixels by distance to a coreset of normal patches."""
 
+import math
+
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Count, Share
+from panda_lightning.arguments import Amount, Count, Number, Positive, Share
+from panda_lightning.detectors.patches import Plan, collected, in_words_of, numbered, planned
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector
 from panda_lightning.networks.backbones import Optimize
 from panda_lightning.networks.pyramid import resized
+from panda_lightning.pictures.view import MapSize, View
 from panda_lightning.runtime.derived import Derived
-from panda_lightning.runtime.features import on_device
-from panda_lightning.search.coreset import greedy_coreset
+from panda_lightning.runtime.features import on_device, require_finite
+from panda_lightning.search.coreset import Points, Reduced, everywhere, greedy_coreset
 from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
 
 
 class PatchCore(SegmentationDetector):
-    r"""Distance to the nearest of a memory of normal patches (Roth et al., CVPR 2022, arXiv 2106.08265).
+    r"""Distance to the nearest patch in a memory of normal patches (Roth et al., CVPR 2022, arXiv 2106.08265).
 
     .. math:: m(x, p) = \min_{q \in M} \lVert F(x, p) - q \rVert, \qquad
               s(x) = \Bigl(1 - \frac{e^{\lVert F(x, p^*) - q^* \rVert}}{\sum_{q \in N_b(q^*)} e^{\lVert F(x, p^*) - q
               \rVert}}\Bigr) \, m(x, p^*)
 
-    F(x, p) joins the levels of the pyramid, each averaged over 3 x 3 patches, at the finest one's resolution; M is a
-    greedy coreset of all normal patches; p* is the patch farthest from its nearest q* in M, N_b(q*) the b entries of
-    M nearest to q*, itself among them. The map is resized to the image and smoothed.
+    F(x, p) concatenates the levels of the pyramid, each averaged over 3 x 3 patches, at the resolution of the finest
+    level. M is a greedy coreset of all normal patches, p* is the patch of x with the largest distance to its nearest
+    neighbour q* in M, and N_b(q*) are the b entries of M nearest to q*, including q*. The map is resized to the image
+    and smoothed.
 
     Args:
         backbone: See SegmentationDetector.
         weights: See SegmentationDetector.
-        coreset: Share of the normal patches to keep (0.01 to 0.25 in the paper), begun with one that the data's seed
-            draws; 1 keeps all.
-        neighbours: b; 1 leaves the score as it is, without its weight.
+        coreset: Share of the normal patches to keep (0.01 to 0.25 in the paper); the first patch is drawn with the data
+            module's seed; 1 keeps all.
+        neighbours: b; 1 leaves out the weight in front of the score.
         levels: See SegmentationDetector.
         sigma: See SegmentationDetector.
         tile: See SegmentationDetector.
+        overlap: See SegmentationDetector.
         half_bank: See SegmentationDetector.
+        coreset_gb: Memory for normal patches and the coreset selection, in GiB on each process; None is as much as
+            needed. With less memory, a run with one process selects in chunks; the covering radius is then at most 4
+            times the smallest possible, instead of twice (search/coreset.py).
         optimize: See DN2.
         index_backend: See DN2.
         index_memory_mb: See DN2.
+        map_size: See SegmentationDetector.
 
     Attributes:
-        bank_images: (M,) rows of the normal images that the bank's patches are of.
+        bank_images: (M,) for each patch of the bank, the row of its normal image.
     """
 
     SCORING = ("neighbours", "sigma")
@@ -58,14 +69,21 @@ class PatchCore(SegmentationDetector):
         levels: tuple[Level, ...] = (2, 3),
         sigma: Amount = 4.0,
         tile: Count | None = None,
+        overlap: Number = 0,
         half_bank: bool = False,
         optimize: Optimize = "folded",
         index_backend: Backend = "auto",
         index_memory_mb: Count = 512,
+        map_size: MapSize = "view",
+        coreset_gb: Positive | None = None,
     ) -> None:
-        super().__init__(backbone, weights, levels, sigma, tile, half_bank, optimize, index_backend, index_memory_mb)
+        super().__init__(
+            backbone, weights, levels, sigma, tile, overlap, half_bank, optimize, index_backend, index_memory_mb,
+            map_size,
+        )  # fmt: skip
         self.coreset = coreset
         self.neighbours = neighbours
+        self.coreset_gb = coreset_gb
 
     @override
     def embed(self, batch: Batch) -> Tensor:
@@ -78,20 +96,43 @@ class PatchCore(SegmentationDetector):
 
     @override
     def make_bank(self) -> Tensor:
-        of_each = self.normal_rows()
-        images = torch.arange(len(of_each)).repeat_interleave(of_each.shape[1])
-        patches = of_each.flatten(0, 1)
-        size = max(1, round(self.coreset * len(patches)))
-        if size < len(patches):
-            chosen: list[Tensor] = []
-            if self.trainer.is_global_zero:
-                picks = greedy_coreset(patches, size, getattr(self.data, "seed", 0))
-                picks = on_device(self.trainer, picks, f"Coreset of {size} patches", min(size, 100))
-                chosen = [rows.cpu() for rows in picks]  # a tensor in an object would come out on process 0's GPU
-            rows = torch.cat(self.trainer.strategy.broadcast(chosen))
-            patches, images = patches[rows.to(patches.device)], images[rows]
-        self.bank_images = images
-        return patches
+        plan = planned(self)
+        if plan.chunks > 1:
+            return self._make_reduced(plan)
+        patches = Points(plan.dim, plan.dtype, self.device)
+        images, counts = collected(self, plan.portion, patches)
+        numbers, images, firsts, count = numbered(images, counts)
+        size = self._size(count)
+        chosen, radius = self._choice(patches, size, count, numbers)
+        if size < count:
+            rank_zero_info(f"{in_words_of(size, count, plan.dim, radius, radius)}.")
+        self.bank_images = images[torch.searchsorted(firsts, chosen, right=True) - 1].cpu()
+        return require_finite(everywhere(patches, numbers, chosen))
+
+    def _make_reduced(self, plan: Plan) -> Tensor:
+        """A bank of what a stream in chunks leaves, see Reduced."""
+        size, seed = self._size(plan.count), getattr(self.data, "seed", 0)
+        reduced = Reduced(size, -(-plan.count // plan.chunks), plan.dim, plan.dtype, self.device, seed)
+        images, counts = collected(self, plan.portion, reduced)
+        kept, count, patches = reduced.finish(), len(reduced), reduced.kept
+        size, squared = min(self._size(count), len(kept)), reduced.squared
+        del reduced  # and the last chunk
+        rows, radius = self._choice(patches, size, len(kept), None)
+        rank_zero_info(f"{in_words_of(size, count, plan.dim, radius, math.sqrt(squared), plan.chunks)}.")
+        self.bank_images = images.repeat_interleave(counts)[kept[rows]].cpu()
+        return require_finite(patches.moved(rows))
+
+    def _size(self, count: int) -> int:
+        return max(1, round(self.coreset * count))
+
+    def _choice(self, patches: Points, size: int, count: int, numbers: Tensor | None) -> tuple[Tensor, float]:
+        """Numbers of the patches chosen from all ``count``, and their covering radius."""
+        if size >= count:
+            return torch.arange(count, device=patches.device), 0.0
+        picks = greedy_coreset(patches, size + 1, getattr(self.data, "seed", 0), numbers)
+        found = on_device(self.trainer, picks, f"Coreset of {size} patches", min(size + 1, 100))
+        rows, squared = (torch.cat(column) for column in zip(*found, strict=True))
+        return rows[:-1], math.sqrt(max(0.0, float(squared[-1])))
 
     @override
     def join_bank(self, rows: Tensor) -> None:
@@ -104,16 +145,23 @@ class PatchCore(SegmentationDetector):
     @override
     def leave_bank(self, kept: Tensor) -> None:
         assert self.bank_images is not None
-        patches = torch.bincount(self.bank_images, minlength=len(kept))
-        side = (self.origin or {})["view"]["image_size"]
-        whole = self.embed({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8)}).shape[1]  # type: ignore[typeddict-item]
-        if bool((patches[~kept] < whole).any()):
+        if not bool(self._is_whole()[~kept].all()):
             raise PandaError(
-                f"PatchCore's coreset={self.coreset:g} was chosen among the patches of all its images, and what others "
-                "had in place of one that goes is not kept: take out images that were added, or build it anew."
+                f"PatchCore's coreset={self.coreset:g} was chosen from the patches of all its images, and the "
+                "patches that it did not choose are not saved: remove only images that were added later, or "
+                "build the bank again."
             )
         super().leave_bank(kept[self.bank_images])
         self.bank_images = (kept.cumsum(0) - 1)[self.bank_images[kept[self.bank_images]]]
+
+    def _is_whole(self) -> Tensor:
+        """Of which of its images (N,) the bank is known to have all patches."""
+        assert self.bank_images is not None
+        size = View.of((self.origin or {})["view"]).sides
+        if size is None:  # and how many each has is not kept
+            return torch.tensor([self.coreset == 1 or name in self.bank_changes[0] for name in self.bank_names])
+        whole = self.embed({"image": torch.zeros(1, 3, *size, dtype=torch.uint8)}).shape[1]  # type: ignore[typeddict-item]
+        return torch.bincount(self.bank_images, minlength=len(self.bank_names)).ge(whole)
 
     @override
     def fit_index(self) -> int:
@@ -133,7 +181,7 @@ class PatchCore(SegmentationDetector):
         _, around = self.index.search(entry, min(self.neighbours, len(self.bank)))
         gaps = torch.linalg.vector_norm(self.bank[around].float() - patch.unsqueeze(1), dim=2)
         weight = 1 - torch.exp(farthest - gaps.logsumexp(dim=1)) if gaps.shape[1] > 1 else 1.0
-        found = {"score": weight * farthest, "map": resized(distances.view(-1, *self._grid), batch["image"].shape[-1])}
+        found = {"score": weight * farthest, "map": resized(distances.view(-1, *self._grid), batch["image"].shape[2:])}
         return {**found, "patch": patch}
 
     @override

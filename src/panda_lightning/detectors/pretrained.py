@@ -1,15 +1,19 @@
 """What detectors with a pretrained backbone share: loading it, adapting it, and having it in the checkpoint."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.detectors.base import Detector
-from panda_lightning.networks.backbones import Backbone, Optimize
+from panda_lightning.networks.adapting import Adapt
+from panda_lightning.networks.backbones import Backbone, Optimize, Pool
+from panda_lightning.networks.checks import patch_of, require_several_sizes, require_size
 from panda_lightning.networks.loading import fisher_beside
 from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.whole import require_folder
@@ -17,14 +21,17 @@ from panda_lightning.types import Batch, PandaError
 
 
 class PretrainedDetector(Detector):
-    """A detector on the features of a pretrained network, whose last stages it may adapt by SGD.
+    """A detector on the features of a pretrained network; it may adapt the network's last stages by SGD.
 
     The features come from ``embed``; the arguments are explained at DN2 (``backbone``, ``weights``, ``optimize``) and
-    PANDA (those of ``adapt``).
+    PANDA (those of ``learn_by``).
     """
 
     backbone: Backbone
+    pool: Pool | None = None
     adapt_stages = 0
+    adapt: Adapt = "stages"
+    lora_rank = 8
     prefix_cache_gb = 0.0
     prefix_cache_dir: str | None = None
 
@@ -34,9 +41,11 @@ class PretrainedDetector(Detector):
         self.weights = weights
         self.optimize = optimize
 
-    def adapt(
+    def learn_by(
         self,
         stages: int,
+        adapt: Adapt,
+        lora_rank: int,
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -46,7 +55,7 @@ class PretrainedDetector(Detector):
         prefix_cache_dir: str | None,
     ) -> None:
         """Say what is adapted and how; a method that learns calls it in its constructor."""
-        self.adapt_stages = stages
+        self.adapt_stages, self.adapt, self.lora_rank = stages, adapt, lora_rank
         self.lr, self.momentum, self.weight_decay, self.grad_clip = lr, momentum, weight_decay, grad_clip
         self.prefix_cache_gb = prefix_cache_gb
         self.prefix_cache_half = prefix_cache_half
@@ -73,7 +82,12 @@ class PretrainedDetector(Detector):
 
     @override
     def fresh_networks(self) -> dict[str, Any]:
-        return {"backbone": Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, self.optimize)}
+        options = self._network_options
+        return {"backbone": Backbone.pretrained(self.backbone_name, self.weights, self.adapt_stages, **options)}
+
+    @property
+    def _network_options(self) -> dict[str, Any]:
+        return {"optimize": self.optimize, "adapt": self.adapt, "lora_rank": self.lora_rank, "pool": self.pool}
 
     @override
     def start_anew(self) -> None:
@@ -86,13 +100,24 @@ class PretrainedDetector(Detector):
     def interpolation(self) -> str | None:  # type: ignore[override]
         return self.backbone.interpolation if hasattr(self, "backbone") else None
 
+    @property
+    @override
+    def multiple(self) -> int:  # type: ignore[override]  # known when the network is
+        return patch_of(self.backbone.model) if hasattr(self, "backbone") else 1
+
     @override
     def accept(self, data: Any) -> None:
         super().accept(data)
         if self.prefix_cache_dir is not None and self.trainer.state.fn == "fit":
             require_folder("prefix_cache_dir", self.prefix_cache_dir)
         if hasattr(self, "backbone"):
-            self.backbone.require_side("image_size", data.view.size)
+            require_size(self.backbone, *self.passed(data))
+            if data.view.sides is None:
+                require_several_sizes(self.backbone)
+
+    def passed(self, data: Any) -> tuple[str, Sequence[int]]:
+        """What passes the network: the argument that says its sides, and these in pixels."""
+        return "image_size", data.view.usual
 
     @override
     def whole(self) -> dict[str, Any]:
@@ -103,14 +128,14 @@ class PretrainedDetector(Detector):
         super().set_extra_state(state)
         config = self.derived["network"]
         if config is not None and not (hasattr(self, "backbone") and self.backbone.config == config):
-            self.backbone = Backbone.from_config(config, self.adapt_stages, self.optimize)
+            self.backbone = Backbone.from_config(config, self.adapt_stages, **self._network_options)
             self._fresh = None  # of another network
 
     # ---- its adaptation ------------------------------------------------------------------------------------------
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
-        return list(self.backbone.adapted().values())
+        return list(self.backbone.trained().values())
 
     @override
     def configure_optimizers(self) -> Optimizer:
@@ -129,7 +154,9 @@ class PretrainedDetector(Detector):
     ) -> None:
         limit = torch.inf if self.grad_clip is None else self.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.trained(), limit)
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+        whole = norm.isfinite()  # gradients of 16-mixed overflow now and then, and the step is left out
+        mean: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": whole.long()}
+        self.log("train/grad_norm", torch.where(whole, norm, 0), **mean)
 
     def cached_dataloaders(self) -> list[DataLoader[Batch]]:
         """Loaders of the data sets whose images may pass the frozen layers once, the most used first."""
@@ -137,6 +164,9 @@ class PretrainedDetector(Detector):
 
     @override
     def on_fit_start(self) -> None:
+        millions = [(p.numel() / 1e6, p.requires_grad) for p in self.parameters()]
+        trained = sum(number for number, learns in millions if learns)
+        rank_zero_info(f"{self.method} trains {trained:.3g} of {sum(n for n, _ in millions):.3g} million parameters.")
         budget = int(self.prefix_cache_gb * 2**30)
         loaders: Any = self.cached_dataloaders() if budget else ()
         for loader in (one for one in loaders if len(one.dataset)):

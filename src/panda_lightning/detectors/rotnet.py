@@ -25,19 +25,22 @@ class MultiHeadRotNet(Detector):
 
     .. math:: L = \frac13 \sum_h CE_h(t_h, T(x)), \qquad s(x) = -\sum_T \sum_h p_h(t_h \mid T(x))
 
-    T turns an image by quarters and then shifts it by -r, 0 or r pixels in x and in y, edges reflected; t_h is what
-    head h (rotation, x shift, y shift) should name. In training T is drawn for each image; the score sums over all 36.
-    A WideResNet-16-4 learns from scratch, on random crops (padding 4) and mirror images. Batch 128 and 200 epochs are
-    options of data and Trainer.
+    T rotates an image by a multiple of 90 degrees and then shifts it by -r, 0 or r pixels in x and in y, with reflected
+    edges. t_h is the class that head h (rotation, x shift, y shift) should predict. In training, T is drawn for each
+    image; the score sums over all 36 transformations. A WideResNet-16-4 is trained from scratch on random crops
+    (padding 4) and mirrored images. The batch size of 128 and the 200 epochs are arguments of the data module and the
+    Trainer.
 
     Args:
-        depth: Of the WideResNet.
+        depth: Depth of the WideResNet.
         width: Its widening factor.
-        dropout: In its blocks.
-        lr: Peak learning rate of SGD with Nesterov's momentum, falling to 0 along a cosine over all steps.
-        momentum: Its momentum.
-        weight_decay: Its weight decay.
+        dropout: Dropout in its blocks.
+        lr: Peak learning rate of SGD with Nesterov momentum; it decays to 0 along a cosine over all steps.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
     """
+
+    SHAPES = "square"
 
     def __init__(
         self,
@@ -79,9 +82,10 @@ class MultiHeadRotNet(Detector):
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
         images, shares = batch["image"], []
-        for some in portions(torch.cartesian_prod(*(torch.arange(n) for n in HEADS.values())), 1):
+        ways = torch.cartesian_prod(*(torch.arange(n, device=images.device) for n in HEADS.values()))
+        for some in portions(ways, 1):
             many = images.repeat(len(some), 1, 1, 1)
-            transforms = some.to(images.device).unsqueeze(1).expand(-1, images.shape[0], -1).flatten(0, 1)
+            transforms = some.unsqueeze(1).expand(-1, images.shape[0], -1).flatten(0, 1)
             heads = zip(self.logits(many, transforms), transforms.T, strict=True)
             right = [head.softmax(dim=1).gather(1, true.unsqueeze(1)) for head, true in heads]
             shares.append(torch.cat(right, dim=1).view(len(some), images.shape[0], -1))
@@ -89,12 +93,12 @@ class MultiHeadRotNet(Detector):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        batch = real_images(batch)
+        batch = real_images(self, batch)
         numbers = draws(self, batch, augment.CROP_DRAWS + len(HEADS))
         self._dropped.manual_seed(self.steps_trained)  # the same after a resume
         images = augment.crop_and_flip(batch["image"], numbers[:, : augment.CROP_DRAWS], padding=4)
-        kinds = torch.tensor(list(HEADS.values()), device=self.device)
-        transform = (numbers[:, augment.CROP_DRAWS :] * kinds).long()
+        parts = zip(numbers[:, augment.CROP_DRAWS :].T, HEADS.values(), strict=True)
+        transform = torch.stack([(part * kinds).long() for part, kinds in parts], dim=1)
         terms = {}
         for name, head, true in zip(HEADS, self.logits(images, transform), transform.T, strict=True):
             errors = F.cross_entropy(head, true, reduction="none") / len(HEADS)

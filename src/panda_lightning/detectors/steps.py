@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panda_lightning.detectors.base import Detector
-from panda_lightning.search.knn import full_float32
+from panda_lightning.runtime.float32 import full_float32
 from panda_lightning.types import Batch
 
 
-def real_images(batch: Batch) -> Batch:
-    """The batch without fillers (index -1), for networks whose images are not independent; it may be empty."""
+def real_images(detector: Detector, batch: Batch) -> Batch:
+    """The batch without fillers (index -1), for networks whose images are not independent; it may be empty.
+
+    The last of an epoch alone may have some; no other waits until a GPU can tell.
+    """
+    if not detector.trainer.is_last_batch:
+        return batch
     real = batch["index"] >= 0
     kept: Any = {key: value[real] for key, value in batch.items()}  # type: ignore[index]
     return cast(Batch, kept)
@@ -31,12 +36,16 @@ def of_all(detector: Detector, rows: Tensor, index: Tensor) -> Tensor:
 def draws(detector: Detector, batch: Batch, columns: int) -> Tensor:
     """Uniform random numbers in [0, 1) for augmentation, (B, columns).
 
-    They depend on seed, epoch and image alone: the same for any number of processes, and after a resume.
+    They depend on seed, epoch and image alone: the same for any number of processes, and after a resume. Those of all
+    images stay on the device for the epoch, so that no step waits for them.
     """
     place = (detector.data.seed, detector.current_epoch, columns)
-    generator = torch.Generator().manual_seed(hash(place) % 2**63)
-    numbers = torch.rand(len(detector.data.normal_images), columns, generator=generator)
-    return numbers[batch["index"].clamp(min=0).cpu()].to(detector.device)
+    made_for = (*place, len(detector.data.normal_images), detector.device)
+    if detector._drawn is None or detector._drawn[0] != made_for:
+        generator = torch.Generator().manual_seed(hash(place) % 2**63)
+        numbers = torch.rand(len(detector.data.normal_images), columns, generator=generator)
+        detector._drawn = (made_for, numbers.to(detector.device))
+    return detector._drawn[1][batch["index"].clamp(min=0)]
 
 
 def linear(layer: nn.Linear, features: Tensor) -> Tensor:

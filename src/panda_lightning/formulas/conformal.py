@@ -19,6 +19,10 @@ def p_values(calibration: Array, scores: Array) -> Array:
     For a normal image that is exchangeable with those of the calibration, P(p <= alpha) <= alpha, for every n and every
     detector; the probability is over both (Vovk, Gammerman, Shafer 2005; Bates et al. 2023, arXiv 2104.08279). NaN
     stays NaN.
+
+    Examples:
+        >>> p_values(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 3.5, 9.0])).tolist()
+        [1.0, 0.4, 0.2]
     """
     below = np.searchsorted(np.sort(calibration), scores, side="left")
     found = (1 + len(calibration) - below) / (len(calibration) + 1)
@@ -49,6 +53,10 @@ def benjamini_hochberg(p: Array, level: float) -> npt.NDArray[np.bool_]:
 
     This holds for conformal p-values of images that are independent of each other, although one calibration serves them
     all (Benjamini, Hochberg 1995; Bates et al. 2023, theorem 2). NaN is no discovery.
+
+    Examples:
+        >>> benjamini_hochberg(np.array([0.01, 0.9, 0.03, 0.5]), 0.1).tolist()
+        [True, False, True, False]
     """
     order = np.argsort(p, kind="stable")  # NaN last
     tested = int(np.isfinite(p).sum())

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from panda_lightning.runtime.systems import widenable
+
 
 def effective_rank(features: Tensor) -> float:
     r"""How many directions features (N, D) spread in: between 1 and min(N - 1, D).
@@ -12,6 +14,7 @@ def effective_rank(features: Tensor) -> float:
     The sigmas are the singular values of the features less their mean (Roy, Vetterli 2007). Features that are all
     alike have 1.
     """
+    features = widenable(features)
     centred = features.double() - features.double().mean(dim=0)
     gram = centred @ centred.T if len(centred) <= centred.shape[1] else centred.T @ centred
     sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
@@ -23,6 +26,7 @@ def effective_rank(features: Tensor) -> float:
 
 def variance(features: Tensor) -> float:
     """Mean squared distance of features (N, D) to their mean."""
+    features = widenable(features)
     return float((features.double() - features.double().mean(dim=0)).square().sum(dim=1).mean())
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from panda_lightning.runtime.float32 import full_float32
+
 
 def compactness(features: Tensor, centre: Tensor) -> Tensor:
     r"""Distance of each feature to the centre of the normal images, PANDA section 3.2.
@@ -19,6 +21,10 @@ def compactness(features: Tensor, centre: Tensor) -> Tensor:
 
     Returns:
         (B,), one value an image; the loss is their mean.
+
+    Examples:
+        >>> compactness(torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([1.0, 0.0]))
+        tensor([2.0000, 4.5000])
     """
     return (features - centre).square().mean(dim=1)
 
@@ -35,6 +41,10 @@ def ewc(params: Sequence[Tensor], start: Sequence[Tensor], fisher: Sequence[Tens
 
     Returns:
         A scalar.
+
+    Examples:
+        >>> ewc([torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 2.5])], [torch.tensor([2.0, 4.0])])
+        tensor(1.5000)
     """
     value: Tensor = _EWC.apply(list(start), list(fisher), *params)
     return value
@@ -78,7 +88,8 @@ def mean_shifted(first: Tensor, second: Tensor, centre: Tensor, temperature: flo
         A scalar.
     """
     shifted = F.normalize(torch.cat([first, second]) - centre, dim=1)
-    similar = (shifted @ shifted.T / temperature).fill_diagonal_(-torch.inf)
+    with full_float32(shifted.device):  # in half precision the views of an image and others tie
+        similar = (shifted @ shifted.T / temperature).fill_diagonal_(-torch.inf)
     other = torch.arange(len(similar), device=similar.device).roll(len(first))
     return F.cross_entropy(similar, other)
 

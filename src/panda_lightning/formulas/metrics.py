@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from panda_lightning.runtime.systems import widenable
 from panda_lightning.types import PandaError
 
 
@@ -26,8 +27,12 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
     Raises:
         PandaError: If a score is NaN or infinite.
+
+    Examples:
+        >>> auroc(torch.tensor([0.1, 0.4, 0.35, 80.0]), torch.tensor([0, 0, 1, 1]))
+        0.75
     """
-    scores, labels = scores.detach().flatten(), labels.detach().flatten().bool()
+    scores, labels = widenable(scores.detach()).flatten(), widenable(labels.detach()).flatten().bool()
     bad = int((~torch.isfinite(scores)).sum())
     if bad:
         raise PandaError(

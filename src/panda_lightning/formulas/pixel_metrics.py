@@ -33,7 +33,7 @@ class PixelHistogram:
 
     The bins are the leading 22 bits of the score as a float32 number, so scores may have any range, and a bin is
     1.2e-4 of its score wide. Only pairs of pixels within a bin have lost their order: AUROC counts them half, and is
-    exact to half of their share of all pairs, which is reported with it.
+    exact to half of their share of all pairs, which is reported with it. (Pixels of score -inf are truly equal.)
 
     The overlap of a region (8-connected pixels of a mask) at a threshold is the share of its pixels at or above it, so
     that the mean over regions is a histogram too, in which a pixel of region r weighs 1 / \|r\|. (PRO as of Bergmann
@@ -54,7 +54,7 @@ class PixelHistogram:
         """Count the pixels of some images.
 
         Args:
-            maps: (B, H, W), higher is more anomalous, finite.
+            maps: (B, H, W), higher is more anomalous; finite, or -inf for pixels that were not seen, which are equal.
             masks: (B, H, W) bool, True = anomalous.
         """
         from scipy.ndimage import label
@@ -89,7 +89,8 @@ class PixelHistogram:
         share = anomalous / anomalous.sum()
         f1 = 2 * precision * true / (precision + true).clamp(min=1e-300)
         best = int(f1.argmax())
-        ties = float((share * normal).sum() / normal.sum())
+        seen = used != self._bins(torch.tensor(-torch.inf))
+        ties = float((share * normal)[seen].sum() / normal.sum())
         return PixelMetrics(
             auroc=float(_area(false, true, 1.0)),
             auroc_error=ties / 2,

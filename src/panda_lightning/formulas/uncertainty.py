@@ -244,7 +244,10 @@ def nemenyi_difference(methods: int, problems: int, level: float = 0.95) -> floa
     """By how much average ranks of two of the methods must differ, at this confidence (Nemenyi 1963; Demsar 2006)."""
     _quantile(level)
     if methods < 2 or problems < 1:
-        raise PandaError(f"{methods} methods on {problems} problems have no critical difference: give 2 and 1 or more.")
+        raise PandaError(
+            f"{methods} methods on {problems} problems have no critical difference: give 2 or more methods and 1 or "
+            "more problems."
+        )
     quantile = float(stats.studentized_range.ppf(level, methods, np.inf)) / math.sqrt(2)
     return quantile * math.sqrt(methods * (methods + 1) / (6 * problems))
 
@@ -286,7 +289,7 @@ def fpr_at_tpr(score: Array, label: Values, tpr: float = 0.95) -> float:
         PandaError: If a score is not finite, there are no normal or no anomalous images, or tpr is not in (0, 1].
     """
     if not 0 < tpr <= 1:
-        raise PandaError(f"tpr={tpr:g} is no share of anomalies to find: give a number above 0 and at most 1.")
+        raise PandaError(f"tpr={tpr:g} is not a share of anomalies to find: give a number above 0 and at most 1.")
     anomalous, normal = _sides(score, label)
     needed = math.ceil(tpr * len(anomalous) - 1e-9)
     return float((score[normal] >= np.sort(score[anomalous])[-needed]).mean())
@@ -337,7 +340,9 @@ def _error(share: Array, groups: Indices) -> float:
     """Standard error of the sum of shares (N,) of images that were drawn within their groups."""
     size = np.bincount(groups)
     if size.min() < 2:
-        raise PandaError("A group has one image, which has no variance: join it with another group, or test on more.")
+        raise PandaError(
+            "A group has only one image, so it has no variance: merge it with another group, or test on more."
+        )
     centred = share - (np.bincount(groups, share) / size)[groups]
     return math.sqrt(float((np.square(centred) * (size / (size - 1))[groups]).sum()))
 
@@ -356,7 +361,7 @@ def _end(fewest: int, level: float) -> float:
 def _quantile(level: float) -> float:
     """Of the normal distribution, for a two-sided interval."""
     if not 0 < level < 1:
-        raise PandaError(f"level={level:g} is no confidence: give a number between 0 and 1, such as 0.95.")
+        raise PandaError(f"level={level:g} is not a confidence level: give a number between 0 and 1, such as 0.95.")
     return float(stats.norm.ppf((1 + level) / 2))
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from panda_lightning.runtime.float32 import full_float32
+
 VIEW_DRAWS = 13  # random numbers for one view of an image
 CROP_DRAWS = 3  # and for one crop
 
@@ -37,7 +39,8 @@ def turn_and_shift(images: Tensor, quarters: Tensor, right: Tensor, down: Tensor
     Returns:
         Images of the same shape and type.
     """
-    turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])[quarters % 4, torch.arange(images.shape[0])]
+    number = torch.arange(images.shape[0], device=images.device)
+    turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])[quarters % 4, number]
     pixel = torch.arange(images.shape[-1], device=images.device)
     return _picked(turned, _reflected(pixel - down[:, None]), _reflected(pixel - right[:, None]))
 
@@ -70,9 +73,9 @@ def _picked(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def random_view(images: Tensor, draws: Tensor) -> Tensor:
     """A view for contrastive learning, as MSC takes it (arXiv 2106.03844, after SimCLR).
 
-    A crop of 0.2 to 1 of the area and 3/4 to 4/3 in shape, resized back and mirrored half of the time; brightness,
-    contrast and saturation by up to 0.4 and hue by up to 0.1, in this order, in 80 % of images; grey in 20 %; blurred
-    with a sigma of 0.1 to 2 pixels in 50 %.
+    A crop of 0.2 to 1 of the area and 3/4 to 4/3 of the image's own shape, resized back and mirrored half of the time;
+    brightness, contrast and saturation by up to 0.4 and hue by up to 0.1, in this order, in 80 % of images; grey in
+    20 %; blurred with a sigma of 0.1 to 2 pixels in 50 %.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -82,6 +85,11 @@ def random_view(images: Tensor, draws: Tensor) -> Tensor:
         (B, 3, H, W) uint8.
     """
     u = draws.unbind(dim=1)
+    with full_float32(images.device):  # half precision moves a crop by a pixel, and TF32 changes a blurred one
+        return _view(images, u)
+
+
+def _view(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
     x = resized_crop(images / 255, 0.2 + 0.8 * u[0], (4 / 3) ** (2 * u[1] - 1), torch.stack(u[2:4], dim=1), u[4] < 0.5)
     brightness, contrast, saturation = (0.6 + 0.8 * part for part in u[5:8])
     jittered = shift_hue(saturate(change_contrast(brighten(x, brightness), contrast), saturation), 0.2 * u[8] - 0.1)
@@ -97,7 +105,7 @@ def resized_crop(images: Tensor, area: Tensor, ratio: Tensor, place: Tensor, mir
     Args:
         images: (B, C, H, W) floating point.
         area: (B,), fraction of the image.
-        ratio: (B,), width to height; sides longer than the image's are cut to it.
+        ratio: (B,), width to height, as shares of the image's; sides longer than the image's are cut to it.
         place: (B, 2), where in the room that is left, horizontally and vertically, from 0 to 1.
         mirrored: (B,) bool.
     """
@@ -113,8 +121,8 @@ def resized_crop(images: Tensor, area: Tensor, ratio: Tensor, place: Tensor, mir
 
 def grey(images: Tensor) -> Tensor:
     """Luma by ITU-R 601, in all three channels: (B, 3, H, W)."""
-    weights = images.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
+    red, green, blue = images.unbind(dim=1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1).expand_as(images)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     difference = torch.stack([green - blue, blue - red, red - green], dim=1)
     sixth = difference.gather(1, largest.unsqueeze(1)).squeeze(1) / chroma.clamp(min=1e-12) + 2 * largest
     sixth = sixth + 6 * turns.view(-1, 1, 1)
-    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1) + sixth.unsqueeze(1)) % 6
+    k = (torch.arange(5, 0, -2, device=images.device).view(3, 1, 1) + sixth.unsqueeze(1)) % 6
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

@@ -1,47 +1,51 @@
 """A pretrained timm network, split into a frozen prefix and an adapted suffix."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from panda_lightning.networks.folding import Layer, fold_batchnorm, run
+from panda_lightning.networks import checks
+from panda_lightning.networks.adapting import Adapt, is_low_rank, plain, stages, summed, train_only
+from panda_lightning.networks.folding import compiled, fold_batchnorm
 from panda_lightning.networks.loading import in_checkpoint, pretrained
-from panda_lightning.types import PandaError
+from panda_lightning.networks.splitting import Outputs, first_part, followed, second_part, stride
 
 Optimize = Literal["plain", "channels_last", "folded", "compiled"]
-
-# What timm's own forward_features calls, in order, by class of network; containers of stages are written with
-# a dot and expanded. tests/networks/test_backbones.py compares each row with forward_features. Another family that
-# computes its features as one chain is one more row.
-TRUNKS = {
-    "ResNet": ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4"),
-    "EfficientNet": ("conv_stem", "bn1", "blocks.", "conv_head", "bn2"),  # MobileNetV2 is of this class too
-    "MobileNetV3": ("conv_stem", "bn1", "blocks."),
-    "RegNet": ("stem", "s1", "s2", "s3", "s4", "final_conv"),
-    "ConvNeXt": ("stem", "stages.", "norm_pre"),
-    "VisionTransformer": ("patch_embed", "_pos_embed", "patch_drop", "norm_pre", "blocks.", "norm"),
-}
+Pool = Literal["token", "avg", "both"]
 
 
 class Backbone(nn.Module):
-    """Pooled features of a timm network whose last stages are adapted and whose other layers stay as they are.
+    """Pooled features of a timm network; the last stages are adapted, the other layers are frozen.
 
-    A stage is a group of timm's ``group_matcher(coarse=True)``: layer1 to layer4 of a ResNet, blocks.0 to
-    blocks.6 of a MobileNetV2, one block of a ViT. Adapted are the last ``adapt_stages`` of them and everything
-    between them and the classifier, BatchNorm's scale and shift included. The network is always in eval mode, so
-    BatchNorm uses its pretrained running statistics (PANDA section 3.2).
+    A stage is a group of timm's ``group_matcher(coarse=True)``: layer1 to layer4 of a ResNet, blocks.0 to blocks.6 of a
+    MobileNetV2, one block of a ViT. The last ``adapt_stages`` stages and everything between them and the classifier are
+    adapted, including the scale and shift of BatchNorm. The network is always in eval mode, so BatchNorm uses its
+    pretrained running statistics (PANDA section 3.2).
 
     Args:
-        model: A timm model with its classifier.
+        model: A timm model, with its classifier if it has one.
         adapt_stages: How many of the last stages to adapt, 0 for none.
-        model_args: The arguments beyond its name with which timm made it; kept for checkpoints.
-        optimize: How the layers are computed, each with what is before it; features agree to float32's rounding.
-            plain; channels_last: memory layout; folded: the frozen layers' BatchNorm folded into their convolutions;
-            compiled: frozen and adapted layers by torch.compile, which takes up to minutes at the start.
+        model_args: Arguments, besides the name, with which timm created it; kept for checkpoints.
+        optimize: How the layers are computed; each option includes those before it, and features agree up to float32
+            rounding. plain; channels_last: memory layout; folded: BatchNorm of the frozen layers folded into their
+            convolutions; compiled: modules compiled by torch.compile, which can take minutes at the start.
+        adapt: Which parameters of the adapted stages are trained: all (stages), scales and shifts of normalisation
+            layers (norm), or a low-rank change added to the weights of each linear layer or 1 x 1 convolution (lora; Hu
+            et al., ICLR 2022).
+        lora_rank: Rank of this change.
+        pool: Features of a token-based network: the class token (token), the mean of the patch tokens (avg), or both
+            concatenated (both); None is timm's own pooling.
+
+    Attributes:
+        flow: How images pass through the network.
+        num_features: Dimensions of the features.
+
+    Raises:
+        PandaError: If the network gives no pooled features, or what is asked for does not fit it.
     """
 
     mean: Tensor
@@ -54,59 +58,41 @@ class Backbone(nn.Module):
         adapt_stages: int,
         model_args: dict[str, Any] | None = None,
         optimize: Optimize = "folded",
+        adapt: Adapt = "stages",
+        lora_rank: int = 8,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
-        family = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in TRUNKS), None)
-        if family is None:
-            raise PandaError(
-                f"a timm {type(model).__name__} cannot be split into a frozen and an adapted part; supported are "
-                f"the classes {', '.join(TRUNKS)} (see timm.list_models())."
-            )
-        if not isinstance(as_timm(model).get_classifier(), nn.Module):
-            raise PandaError(
-                f"a timm {type(model).__name__} has several classifiers, as distilled networks do, and none of them is "
-                "the pretraining task's alone: choose one without, such as deit_small_patch16_224."
-            )
-        self.model = model
+        checks.require_features(model)
+        self.model = model.eval()
         self.model_args = dict(model_args or {})
-        self.pieces = list(_expand(model, TRUNKS[family]))
-        matcher = cast(dict[str, Any], as_timm(model).group_matcher(coarse=True))
-        stage_pattern = matcher["blocks"] if isinstance(matcher["blocks"], str) else matcher["blocks"][0][0]
-        stages = [i for i, name in enumerate(self.pieces) if re.match(stage_pattern, name)]
-        if not 0 <= adapt_stages <= len(stages):
-            raise PandaError(
-                f"adapt_stages={adapt_stages} does not fit {self.architecture}, which has {len(stages)} stages: "
-                f"choose 0 to {len(stages)}."
-            )
-        self._split = stages[-adapt_stages] if adapt_stages else len(self.pieces)
-        frozen = tuple(f"{name}." for name in self.pieces[: self._split])
-        classifier = {id(p) for p in self._classifier.parameters()}
-        for name, param in model.named_parameters():
-            param.requires_grad_(
-                adapt_stages > 0
-                and not name.startswith(frozen)
-                and not re.match(matcher["stem"], name)  # a ViT's tokens and position embedding
-                and id(param) not in classifier
-            )
-        self.compute(optimize)
+        self.pool = pool
+        checks.require_pool(self, pool)
+        named = stages(model)
+        checks.require_stages(self, adapt_stages, len(named) - 1)
+        last = sorted(name for names in named[-adapt_stages - 1 :] for name in names) if adapt_stages else []
         cfg = as_timm(model).pretrained_cfg
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(-1, 1, 1), persistent=False)
         self.train(False)
+        self.flow, self.num_features = followed(model, last, self.pooled)
+        train_only(model, self.flow.used, adapt, lora_rank)
+        checks.require_trained(self, adapt, adapt_stages)
+        self._seen: dict[tuple[int, ...], tuple[Sequence[int], Outputs]] = {}  # images behind each form of hidden
+        self.compute(optimize)
 
     def compute(self, optimize: Optimize) -> None:
         """Compute the layers in another way, see the class."""
         self.optimize = optimize
         self._layout = torch.contiguous_format if optimize == "plain" else torch.channels_last
-        self.model.to(memory_format=self._layout)
-        self._frozen: tuple[object, list[Layer]] = (None, [])
-        self._compiled_frozen, self._compiled_adapted = (
-            (torch.compile(run), torch.compile(run)) if optimize == "compiled" else (run, run)
-        )
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.ndim == 4:  # a module's own ``to`` refuses networks with three-dimensional convolutions
+                tensor.data = tensor.data.contiguous(memory_format=self._layout)
+        self._copy: tuple[object, nn.Module] | None = None  # see computing
 
     @classmethod
     def pretrained(
-        cls, name: str, weights: str | None = None, adapt_stages: int = 2, optimize: Optimize = "folded"
+        cls, name: str, weights: str | None = None, adapt_stages: int = 2, optimize: Optimize = "folded", **options: Any
     ) -> Self:
         """Load a network with its weights; never one with random weights.
 
@@ -116,23 +102,31 @@ class Backbone(nn.Module):
             weights: A file with weights for the named timm architecture, in place of timm's own.
             adapt_stages: How many of the last stages to adapt.
             optimize: See the class.
+            options: adapt, lora_rank and pool, see the class.
 
         Raises:
-            PandaError: If the name is unknown, the weights cannot be had, or the family is not supported.
+            PandaError: If the name is unknown, the weights cannot be had, or the network does not serve.
         """
         if name.endswith(".ckpt"):
             config, state = in_checkpoint(name)
-            backbone = cls.from_config(config, adapt_stages, optimize)
-            backbone.model.load_state_dict(state)
-            return backbone
+            if config.get("pool") and not options.get("pool"):
+                rank_zero_info(f"Using pool={config['pool']}, as in {name}.")
+            return cls.from_config(config, adapt_stages, optimize, state, **options)
         model, model_args, fisher_file = pretrained(name, weights)
-        backbone = cls(model, adapt_stages, model_args, optimize)
+        backbone = cls(model, adapt_stages, model_args, optimize, **options)
         backbone.fisher_file = fisher_file
         return backbone
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], adapt_stages: int, optimize: Optimize = "folded") -> Self:
-        """Build the network that ``config`` (see there) describes, to be filled from a checkpoint."""
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        adapt_stages: int,
+        optimize: Optimize = "folded",
+        state: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build the network that ``config`` (see there) describes, with weights by plain timm names or to be filled."""
         import timm
 
         model = timm.create_model(
@@ -142,7 +136,10 @@ class Backbone(nn.Module):
             pretrained_cfg=config["pretrained_cfg"],
             **config["model_args"],
         )
-        return cls(model, adapt_stages, config["model_args"], optimize)
+        if state is not None:
+            model.load_state_dict(state)
+        pool = options.pop("pool", None) or config.get("pool")  # unless asked otherwise, as it was adapted
+        return cls(model, adapt_stages, config["model_args"], optimize, pool=pool, **options)
 
     @property
     def architecture(self) -> str:
@@ -157,31 +154,7 @@ class Backbone(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels of the input for one of the last feature map."""
-        return int(as_timm(self.model).feature_info[-1]["reduction"])
-
-    def require_side(self, name: str, side: int) -> None:
-        """Refuse a side of images, in pixels, that the network cannot take.
-
-        Raises:
-            PandaError: Naming the sides nearest to it.
-        """
-        patch = getattr(getattr(as_timm(self.model), "patch_embed", None), "patch_size", (1, 1))[0]
-        least = max(self.stride, patch)
-        if side < least:
-            raise PandaError(
-                f"{name}={side} is smaller than the stride of {self.architecture}: choose {least} or more."
-            )
-        if side % patch:
-            below = side // patch * patch
-            raise PandaError(
-                f"{name}={side} is no multiple of the {patch} px patches of {self.architecture}: choose {below} or "
-                f"{below + patch}."
-            )
-
-    @property
-    def num_features(self) -> int:
-        """Dimensions of the features."""
-        return int(as_timm(self.model).head_hidden_size)
+        return stride(self.model)
 
     @property
     def num_classes(self) -> int:
@@ -197,27 +170,44 @@ class Backbone(nn.Module):
             "num_classes": self.num_classes,
             "model_args": self.model_args,
             "pretrained_cfg": cfg,
+            **({"pool": self.pool} if self.pool else {}),
         }
 
-    @property
-    def _classifier(self) -> nn.Module:
-        return cast(nn.Module, as_timm(self.model).get_classifier())
-
-    def adapted(self) -> dict[str, nn.Parameter]:
-        """The adapted parameters by plain timm names, such as ``layer3.0.conv1.weight``."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by their places in ``model``."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def adapted(self) -> dict[str, Tensor]:
+        """The weights that training changes by plain timm names, such as ``layer3.0.conv1.weight``.
+
+        They are its parameters; with ``adapt=lora``, the sums of those weights and what was learned beside them.
+        """
+        found: dict[str, Tensor] = {}
+        for name, p in self.trained().items():
+            place, _, own = plain(name).rpartition(".")
+            found[plain(name)] = p if name == plain(name) else getattr(self.model.get_submodule(place), own)
+        return found
+
+    def places(self) -> dict[str, str]:
+        """Names of parameters in ``model`` by plain timm names; with ``adapt=lora`` those of weights are longer."""
+        return {plain(name): name for name, _ in self.model.named_parameters() if not is_low_rank(name)}
+
+    @property
+    def splits(self) -> bool:
+        """Whether the frozen layers can be computed apart."""
+        return self.flow.entry is None or self.flow.splits
+
     def made_of(self, frozen: bool = False) -> dict[str, Any]:
-        """All that features depend on: weights, preprocessing, and how timm builds the network.
+        """All that features depend on but ``pool``: weights, preprocessing, and how timm builds the network.
 
         Args:
             frozen: Only what the output of ``prefix`` depends on.
         """
-        adapted = self.adapted() if frozen else {}
-        weights = {name: t for name, t in self.model.state_dict().items() if name not in adapted}
+        trained = self.trained() if frozen else {}
+        weights = summed({name: t for name, t in self.model.state_dict().items() if name not in trained})
         return {
-            "weights": weights,
-            "pieces": self.pieces[: self._split] if frozen else self.pieces,
+            "weights": dict(sorted(weights.items())),  # whose order is another with adapt=lora
+            "to": self.flow.entry if frozen else None,
             "architecture": self.architecture,
             "args": self.model_args,
             "mean": self.mean,
@@ -232,10 +222,12 @@ class Backbone(nn.Module):
 
         Returns:
             The input of the first adapted layer, (B, C, h, w) or (B, N, C) for a ViT, without gradient; where no layer
-            is adapted, the features (B, D).
+            is adapted, the features (B, D); where the network does not split, the images.
         """
         if images.dtype != torch.uint8:
             return images.to(self.mean.dtype)
+        if not self.splits:
+            return images
         with torch.no_grad():
             parts = [self._prefix(part) for part in portions(images, self.cached(images))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -246,58 +238,81 @@ class Backbone(nn.Module):
         return 16 if images.device.type == "cpu" else max(1, images.shape[0])
 
     def _prefix(self, images: Tensor) -> Tensor:
-        x = self._normalized(images)
-        x = self._compiled_frozen(self._frozen_layers(x), x)
-        return x if self._split < len(self.pieces) else as_timm(self.model).forward_head(x, pre_logits=True)
+        if self.flow.entry is None:
+            return self._whole(images)
+        x = self.normalized(images)
+        hidden, forms = first_part(self.computing, self.flow, x)
+        self._seen[tuple(hidden.shape[1:])] = (x.shape, forms)
+        return hidden
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def _whole(self, images: Tensor) -> Tensor:
+        return self.pooled(as_timm(self.computing).forward_features(self.normalized(images)))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 as the network takes them."""
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return x.contiguous(memory_format=self._layout)
 
-    def _frozen_layers(self, x: Tensor) -> list[Layer]:
-        layers = self._layers(self.pieces[: self._split])
-        modules = nn.ModuleList(layer for layer in layers if isinstance(layer, nn.Module))
-        norms = any(isinstance(m, nn.BatchNorm2d) for m in modules.modules())
-        if not norms or self.optimize not in ("folded", "compiled"):
-            return layers
+    def pooled(self, x: Tensor) -> Tensor:
+        """What ``forward_features`` gives, as features (B, D)."""
+        model = as_timm(self.model)
+        if self.pool is None:
+            pooled: Tensor = model.forward_head(x, pre_logits=True)
+            return pooled
+        kinds = {"token": x[:, 0], "avg": x[:, model.num_prefix_tokens :].mean(dim=1)}
+        parts = kinds.values() if self.pool == "both" else [kinds[self.pool]]
+        return torch.cat([getattr(model, "fc_norm", nn.Identity())(part) for part in parts], dim=1)
+
+    @property
+    def computing(self) -> nn.Module:
+        """The network as it is computed: a copy that shares its weights, but for what ``optimize`` changes."""
+        if self.optimize != "compiled" and not (self.optimize == "folded" and self.flow.feeds):
+            return self.model
         # anew where weights were loaded or moved since: each tensor's place and number of changes
-        state = [(t.data_ptr(), t._version) for t in (*modules.parameters(), *modules.buffers())]
-        if self._frozen[0] != state:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._frozen = (state, fold_batchnorm(layers, x[:1].clone()))
-        return self._frozen[1]
+        frozen = (self.model.get_submodule(name) for name in self.flow.before)
+        tensors = (t for module in frozen for t in (*module.parameters(), *module.buffers()))
+        state = [(t.data_ptr(), t._version) for t in tensors]
+        if self._copy is None or self._copy[0] != state:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+                made = fold_batchnorm(self.model, self.flow.before, self.flow.feeds)
+            if self.optimize == "compiled":
+                made = compiled(made, (*self.flow.before, *self.flow.after))
+            self._copy = (state, made)
+        return self._copy[1]
+
+    def _rest(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """What ``forward_features`` gives of the output of ``prefix``."""
+        features: Tensor
+        if hidden.dtype == torch.uint8:
+            features = as_timm(model).forward_features(self.normalized(hidden))
+        else:
+            features = second_part(model, self.flow, hidden, *self._seen[tuple(hidden.shape[1:])])
+        return features
 
     def suffix(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and pool: the output of ``prefix`` -> (B, D) features."""
-        if self._split == len(self.pieces):
-            return hidden
-        x = self._compiled_adapted(self._layers(self.pieces[self._split :]), hidden)
-        return cast(Tensor, as_timm(self.model).forward_head(x, pre_logits=True))
+        done = self.flow.entry is None and hidden.dtype != torch.uint8
+        return hidden if done else self.pooled(self._rest(self.computing, hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and the pretrained classifier: the output of ``prefix`` -> (B, classes)."""
-        x = run(self._layers(self.pieces[self._split :]), hidden)
-        return cast(Tensor, as_timm(self.model).forward_head(x))
+        logits: Tensor = as_timm(self.model).forward_head(self._rest(self.model, hidden))
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8, or the output of ``prefix``, -> features (B, D)."""
-        return self.suffix(self.prefix(images))
-
-    @torch.no_grad()
-    def walk(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Images (B, 3, H, W) uint8 through the layers: the name of each, as timm has it, and its output."""
-        x = self._normalized(images)
-        layers = [*self._frozen_layers(x), *self._layers(self.pieces[self._split :])]
-        for name, layer in zip(self.pieces, layers, strict=True):
-            x = layer(x)
-            yield name, x
+        if images.dtype != torch.uint8 or (torch.is_grad_enabled() and self.splits):
+            return self.suffix(self.prefix(images))
+        parts = [self._whole(part) for part in portions(images, self.cached(images))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever is asked: see the class."""
-        return super().train(False)
-
-    def _layers(self, names: list[str]) -> list[Layer]:
-        return [getattr(self.model, name, None) or self.model.get_submodule(name) for name in names]
+        super().train(False)
+        for module in self.model.modules():
+            if hasattr(module, "attention_bias_cache"):  # kept in eval mode, it would not follow its parameters
+                module.training = True
+        return self
 
 
 def portions(rows: Tensor, size: int) -> Sequence[Tensor]:
@@ -308,11 +323,3 @@ def portions(rows: Tensor, size: int) -> Sequence[Tensor]:
 def as_timm(model: nn.Module) -> Any:
     """The model as timm's classes have it; torch's annotations do not know their methods."""
     return model
-
-
-def _expand(model: nn.Module, trunk: tuple[str, ...]) -> Iterator[str]:
-    for name in trunk:
-        if name.endswith("."):
-            yield from (name + child for child, _ in model.get_submodule(name[:-1]).named_children())
-        else:
-            yield name

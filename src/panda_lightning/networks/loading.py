@@ -5,12 +5,15 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from torch import Tensor, nn
 
+from panda_lightning.networks.adapting import summed
 from panda_lightning.runtime.checkpoints import read_tensors, require_format
 from panda_lightning.types import PandaError
 
@@ -40,19 +43,31 @@ def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any
             raise PandaError(f"weights={weights} is not a file: name a file of weights for {name}.")
         if source.startswith(("local-dir:", "hf-hub:")):
             raise PandaError(
-                f"weights={weights} goes with the name of a timm architecture; backbone={name} has weights of its "
-                "own: copy the file to model.safetensors in a folder with its config.json, and name that folder."
+                f"weights={weights} works only with the name of a timm architecture, but backbone={name} has its "
+                "own weights: copy the file to model.safetensors in a folder with its config.json, and give "
+                "that folder as backbone."
             )
         overlay = {"file": weights}
     try:
         with _hub_offline_if_unreachable():
             architecture, model_args = _architecture(source)
-            if architecture.startswith(("vit_", "deit", "flexivit")):
+            if takes(architecture, "dynamic_img_size"):
                 model_args["dynamic_img_size"] = True  # any image size: the position embedding is resampled
             model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
         raise PandaError(_no_weights(name, error)) from error
     return model, model_args, fisher_beside(name, weights)
+
+
+def takes(architecture: str, argument: str) -> bool:
+    """Whether timm's class of this architecture has such an argument."""
+    import timm
+
+    if not timm.is_model(architecture):
+        return False
+    with torch.device("meta"):  # no weights are made
+        kinds = type(timm.create_model(architecture)).__mro__
+    return any(argument in signature(kind.__init__).parameters for kind in kinds if issubclass(kind, nn.Module))
 
 
 def fisher_beside(name: str, weights: str | None) -> Path | None:
@@ -80,14 +95,14 @@ def in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise PandaError(f"backbone={path} is not a checkpoint of a detector with a backbone.")
     prefix = "backbone.model."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return config, state
+    return config, summed(state)
 
 
 def _architecture(source: str) -> tuple[str, dict[str, Any]]:
     """Timm's name of the architecture and the arguments beyond it that its config.json gives."""
     kind, _, rest = source.partition(":")
     if kind == "local-dir":
-        config = json.loads((Path(rest) / "config.json").read_text())
+        config = json.loads((Path(rest) / "config.json").read_text("utf-8"))
         return config["architecture"], dict(config.get("model_args") or {})
     if kind == "hf-hub":
         from timm.models import load_model_config_from_hf
@@ -117,10 +132,10 @@ def _hub_offline_if_unreachable() -> Iterator[None]:
 def _no_weights(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "weights_only" in reason:  # torch and timm then advise to run what is in the file
-        reason = "the file holds other things than tensors, and is refused"
+        reason = "the file contains more than tensors, and is refused"
     return (
-        f"the weights of backbone={name} cannot be had ({reason.rstrip('.')}). Name a model of timm.list_pretrained(); "
-        "without network, copy the weights here and use backbone=local-dir:FOLDER (config.json + "
-        "model.safetensors), or weights=FILE beside a timm name, or fill the cache of huggingface_hub (HF_HOME); "
-        "backbone=panda_tiny is bundled and needs nothing."
+        f"the weights of backbone={name} cannot be loaded ({reason.rstrip('.')}). Name a model of "
+        "timm.list_pretrained(); without internet access, copy the weights here and use "
+        "backbone=local-dir:FOLDER (config.json + model.safetensors), or weights=FILE with a timm name, or fill "
+        "the cache of huggingface_hub (HF_HOME); backbone=panda_tiny is bundled and needs nothing."
     )

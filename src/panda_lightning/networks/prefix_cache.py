@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.runtime.features import gather, on_device
+from panda_lightning.runtime.features import on_device
 from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.gathering import gather
+from panda_lightning.runtime.sizes import in_words
+from panda_lightning.runtime.systems import memory_of
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.runtime.work import done
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
-RULE = 2  # of what is in a file; another number where the same network would give other values
+RULE = 3  # of what is in a file; another number where the same network would give other values
 
 
 def cache_prefix(
@@ -43,7 +47,19 @@ def cache_prefix(
     Returns:
         Bytes of memory taken.
     """
+    if not backbone.splits:
+        _say_once(
+            f"{backbone.architecture} cannot be computed in two parts, so its frozen layers are not cached: "
+            "images pass through all layers each time."
+        )
+        return 0
     dataset: Any = loader.dataset
+    if dataset.kinds is not None:
+        rank_zero_info(
+            f"The frozen layers' output of {len(dataset)} images is not cached, because they have different "
+            "sizes: these images pass through all layers each time."
+        )
+        return 0
     strategy = trainer.strategy
     device = strategy.root_device
     with trainer.precision_plugin.forward_context():
@@ -54,47 +70,65 @@ def cache_prefix(
     path, room = None, budget
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        name = fingerprint(RULE, backbone.made_of(frozen=True), backbone.optimize, dataset, dtype, trainer.precision)
+        made_of = (backbone.made_of(frozen=True), backbone.pool, backbone.optimize)
+        name = fingerprint(RULE, *made_of, dataset, dtype, trainer.precision)
         path = Path(folder) / f"{backbone.architecture}-{name}.hidden"
         room = needed if path.is_file() else shutil.disk_usage(folder).free
     if not strategy.reduce_boolean_decision(needed <= room):
-        limit = "is free in prefix_cache_dir" if path else "is left of prefix_cache_gb"
+        limit = "is free in prefix_cache_dir" if path else "is left in prefix_cache_gb"
+        more = "free space there" if path else "set more, or prefix_cache_dir, which needs no memory"
         rank_zero_info(
-            f"{what} would take {needed / 2**30:.1f} GiB, more than {limit} ({room / 2**30:.1f}): these images pass "
-            "all layers each time."
+            f"{what} would take {in_words(needed)}, more than {limit} ({in_words(room)}): these images pass "
+            f"through all layers each time. To avoid that, {more}."
         )
         return 0
-    place = device if device.type == "cuda" and 2 * needed < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+    memory = memory_of(device) if device.type == "cuda" else None
+    place = device if memory is not None and 2 * needed < memory[0] else torch.device("cpu")
     if path is None:
         hidden = torch.empty(shape, dtype=dtype, device=place)
-        _fill(trainer, backbone, loader, hidden)
+        _fill(trainer, backbone, loader, hidden, half)
     else:
         if not strategy.reduce_boolean_decision(path.is_file() and path.stat().st_size == needed):
             if trainer.local_rank == 0:  # the other processes of this machine map the same file
                 with new_file(path, needed) as part:
-                    _fill(trainer, backbone, loader, _mapped(part, shape, dtype, writable=True))
+                    _fill(trainer, backbone, loader, _mapped(part, shape, dtype, writable=True), half)
             else:
-                _fill(trainer, backbone, loader, None)
+                _fill(trainer, backbone, loader, None, half)
             strategy.barrier()
         hidden = _mapped(path, shape, dtype).to(place)
-    rank_zero_info(f"{what} is kept: {needed / 2**20:.0f} MiB {f'in {path}' if path else f'on {place}'}.")
+    rank_zero_info(f"{what} is cached: {in_words(needed)} {f'in {path}' if path else f'on {place}'}.")
     dataset.hidden = hidden
     return 0 if path else needed
 
 
-def _fill(trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hidden: Tensor | None) -> None:
+@cache
+def _say_once(line: str) -> None:
+    rank_zero_info(line)
+
+
+def _fill(
+    trainer: pl.Trainer, backbone: Backbone, loader: DataLoader[Batch], hidden: Tensor | None, half: bool
+) -> None:
     """Each process computes its share and gives it to the others; None only helps."""
     dataset: Any = loader.dataset
     rows = loader.batch_size or 1
     what = "test" if dataset.label.any() else "normal training"
     rounds = -(-len(dataset) // (rows * trainer.world_size))  # a process may have one batch less than another
     batches: Iterator[Batch | None] = chain(loader, repeat(None))
+    most = torch.zeros((), device=trainer.strategy.root_device)
     with done("passed through the frozen layers", what, len(dataset)), trainer.precision_plugin.forward_context():
         for batch in on_device(trainer, islice(batches, rounds), "Frozen layers, once", rounds):
             parts = [(batch["index"], backbone.prefix(batch["image"]))] if batch else []
             index, values = gather(parts)
+            if len(values):
+                most = torch.maximum(most, values.abs().amax())
             if hidden is not None:
                 hidden[index.to(hidden.device)] = values.to(hidden)
+    if half and float(most) > torch.finfo(torch.float16).max:
+        raise PandaError(
+            f"the frozen layers output values up to {float(most):.3g}, but float16 ends at 65504: leave "
+            "prefix_cache_half out."
+        )
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool = False) -> Tensor:

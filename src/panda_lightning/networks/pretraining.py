@@ -20,9 +20,9 @@ from typing_extensions import override
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Fraction, OpenShare, Positive, Seed
 from panda_lightning.datamodules.loaders import ShardedSampler
 from panda_lightning.networks.backbones import Backbone
-from panda_lightning.pictures.images import Images, View
+from panda_lightning.pictures.images import ImageDataset, Images, as_is, decoded
 from panda_lightning.pictures.layout import images_below
-from panda_lightning.pictures.reading import ImageDataset, as_is, decoded
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import Batch, PandaError
@@ -31,13 +31,13 @@ from panda_lightning.types import Batch, PandaError
 class LabelledFolder(Checked, pl.LightningDataModule):
     """Labelled images: ``root/train/<class>/...`` and ``root/val/<class>/...``, decoded once into memory.
 
-    Tiny-ImageNet is read as it comes: ``val/images`` with ``val/val_annotations.txt``.
+    Tiny-ImageNet can be used as downloaded: ``val/images`` with ``val/val_annotations.txt``.
 
     Args:
         root: The folder.
-        image_size: Side in pixels; images are resized straight to the square.
-        batch_size: Images of a training step, over all processes together.
-        train_limit: Keep only so many training images, evenly spaced; None keeps all.
+        image_size: Side in pixels; images are resized directly to the square.
+        batch_size: Images per training step, over all processes together.
+        train_limit: Keep only this many training images, evenly spaced; None keeps all.
         seed: Seed of the order.
     """
 
@@ -64,7 +64,7 @@ class LabelledFolder(Checked, pl.LightningDataModule):
         folder = self.root / "train"
         self.classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ()
         if not self.classes:
-            raise PandaError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg; set --data.root.")
+            raise PandaError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg; set --data.root.")
         train = [(path, name) for name in self.classes for path in images_below(folder / name)]
         if self.train_limit is not None and self.train_limit < len(train):
             rows = np.linspace(0, len(train) - 1, self.train_limit).round().astype(int)
@@ -74,7 +74,7 @@ class LabelledFolder(Checked, pl.LightningDataModule):
     def _val(self) -> list[tuple[Path, str]]:
         folder, listed = self.root / "val", self.root / "val" / "val_annotations.txt"
         if listed.is_file():
-            rows = [line.split("\t") for line in listed.read_text().splitlines()]
+            rows = [line.split("\t") for line in listed.read_text("utf-8").splitlines()]
             return [(folder / "images" / row[0], row[1]) for row in rows]
         return [(path, name) for name in self.classes for path in images_below(folder / name)]
 
@@ -117,25 +117,27 @@ class LabelledFolder(Checked, pl.LightningDataModule):
 
 
 class Pretraining(Checked, pl.LightningModule):
-    r"""A timm network learns classes, and the features of a larger pretrained network if one is given.
+    r"""Trains a timm network on class labels and, optionally, on the features of a larger pretrained network.
 
     .. math:: L = CE(y, f(x)) + \alpha \, \lVert W f'(x) - t(x_0) \rVert^2 / D
 
-    f' are the pooled features, t the teacher's of the image before augmentation, each dimension standardised over the
-    data set. The network is written to ``<run>/backbone``, which ``--model.backbone local-dir:...`` takes.
+    f' are the pooled features, and t are the teacher's features of the image before augmentation, with each dimension
+    standardised over the data set. The network is saved in ``<run>/backbone``; use it with ``--model.backbone
+    local-dir:...``.
 
     Args:
         architecture: A timm name.
-        model_args: Arguments that timm's constructor takes beyond it.
-        teacher: A backbone as for DN2, whose features are learned; None learns classes alone.
-        teacher_size: Images are enlarged to so many pixels for it.
-        alpha: Weight of its term.
+        model_args: Further arguments of timm's constructor.
+        teacher: A backbone as for DN2, whose features are learned; None learns only the classes.
+        teacher_size: Images are enlarged to this many pixels for the teacher.
+        alpha: Weight of the teacher's term.
         lr: Peak of the one-cycle schedule.
-        momentum: Of SGD with Nesterov's form.
-        weight_decay: Of SGD.
-        label_smoothing: Of the cross-entropy.
-        zoom: Images are enlarged by a random factor up to it, and shifted within what that leaves, or by a twelfth.
-        jitter: Brightness and contrast change by up to this fraction.
+        momentum: Nesterov momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        label_smoothing: Label smoothing of the cross-entropy.
+        zoom: Images are enlarged by a random factor of at most ``zoom``, and shifted within the enlarged image, or by
+            up to a twelfth.
+        jitter: Brightness and contrast are changed by up to this fraction.
     """
 
     def __init__(
@@ -280,7 +282,7 @@ class Pretraining(Checked, pl.LightningModule):
             "training": {**made, "epochs": self.trainer.current_epoch, "val_accuracy": accuracy},
         }
         with new_file(folder / "config.json") as part:
-            part.write_text(json.dumps(config, indent=1) + "\n")
+            part.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         half = {k: t.half() if t.is_floating_point() else t for k, t in self.model.state_dict().items()}
         with new_file(folder / "model.safetensors") as part:
             save_file({k: t.contiguous().cpu() for k, t in half.items()}, part)

@@ -27,7 +27,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
-        sums = torch.stack([t.sum(dim=(0, 2, 3), dtype=torch.float64) for t in (torch.ones_like(x), x, x.square())])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half precision overflow from 256 on
+        sums = torch.stack([t.sum(dim=(0, 2, 3), dtype=torch.float64) for t in (torch.ones_like(x), x, wide.square())])
         count, total, squares = all_reduce(sums)  # type: ignore[no-untyped-call]
         mean, var = total / count, squares / count - (total / count).square()
         with torch.no_grad():

@@ -42,7 +42,7 @@ def read(source: Path) -> tuple[npt.NDArray[Any], tuple[float, float], bool, Cur
     try:
         data = pydicom.dcmread(source, specific_tags=TAGS)
         if "PixelData" not in data:
-            raise PandaError("DICOM that holds no picture")
+            raise PandaError("DICOM without a picture")
         values: npt.NDArray[Any] = pixel_array(data, index=0)
         inverted, curve = data.PhotometricInterpretation == Kind.MONOCHROME1, None
         if data.PhotometricInterpretation == Kind.PALETTE_COLOR:

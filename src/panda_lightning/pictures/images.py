@@ -1,18 +1,31 @@
-"""Images of a data set: where they are, and how they are resized."""
+"""The images of a split: where they are, read and resized, and as batches."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from panda_lightning.pictures.pixels import Opened, Source, frame, opened, read_mask
+from panda_lightning.pictures.layout import Files, readable, relative
+from panda_lightning.pictures.looking import Facts, Look, look, pixels_of, readable_rows, remarks, say
+from panda_lightning.pictures.shapes import batches, kinds, shapes
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.types import Batch, PandaError
+
+GAP = -2  # a row that is none: a batch of one size that is not full; see loaders.ShardedSampler
+Pixels = Tensor | list[Tensor]
+
+SAMPLE = 5000  # of files that stay on disk so many are looked at beforehand: some 40 s on two processors
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Images:
         sources: Any
         if isinstance(self.sources, np.ndarray) and not isinstance(self.sources, np.memmap):
             sources = self.sources[rows]
+        elif isinstance(self.sources, Files):
+            sources = self.sources.take(rows)
         else:  # nor is a mapped file read into memory by choosing some of it
             sources = [self.sources[i] for i in rows]
         masks = None if self.masks is None else [self.masks[i] for i in rows]
@@ -58,6 +73,8 @@ class Images:
         return self._called(lambda file: relative(file, root))
 
     def _called(self, by: Callable[[Path], str]) -> list[str]:
+        if isinstance(self.sources, Files):
+            return self.sources.names(by)
         rows = range(len(self)) if self.rows is None else self.rows
         pairs = zip(self.sources, rows, strict=True)
         return [by(source) if isinstance(source, Path) else str(row) for source, row in pairs]
@@ -65,116 +82,215 @@ class Images:
     def fingerprint(self, root: Path, times: bool = False) -> str:
         """A short name: of arrays by their pixels; of files by name below ``root`` and size, without opening them.
 
+        Files that were listed together have the sizes and times that they had then.
+
         Args:
             root: The data set's folder; a copy elsewhere has the same name.
             times: Count also when files, and those of masks, were last changed.
         """
         if isinstance(self.sources, np.ndarray) or (len(self) and not isinstance(self.sources[0], Path)):
             return fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
-        stats = [os.stat(path) for path in self.sources]
-        files = [(relative(p, root), s.st_size) for p, s in zip(self.sources, stats, strict=True)]
+        files = self.sources if isinstance(self.sources, Files) else Files.of(self.sources)
+        if self.masks is None and (root, times) in files.fingerprints:
+            return files.fingerprints[root, times]
         masks = [None if mask is None else (str(mask), mask.stat().st_mtime_ns) for mask in self.masks or ()]
-        return fingerprint(files, [[s.st_mtime_ns for s in stats], masks] if times else None)
-
-
-def relative(path: Path, root: Path) -> str:
-    r"""A file's name below the data set's folder, with forward slashes; bytes that are not UTF-8 as ``\xNN``."""
-    return readable(Path(os.path.relpath(path, root)).as_posix())
-
-
-def readable(path: str | Path) -> str:
-    r"""A path as text that every file can hold: bytes that are not UTF-8 are ``\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+        found = fingerprint(files.pieces(root), [files.times.tolist(), masks] if times else None)
+        if self.masks is None:
+            files.fingerprints[root, times] = found
+        return found
 
 
 @dataclass(frozen=True)
-class View:
-    """How an image becomes (3, size, size) uint8; how its file is read, pictures/pixels.py says.
+class Decoded:
+    """Images that can be read.
 
     Attributes:
-        size: Side in pixels.
-        crop: center resizes the shorter side to ``resize`` and cuts the middle; squash resizes straight to a square.
-        resize: See crop.
-        interpolation: bilinear or bicubic.
-        before: What a data set does to image and mask first, by its name in ``BEFORE`` below.
-        intensity: What becomes of values of more than 8 bits: auto, bits:N or window:LO,HI.
-        mask_values: The values of masks that are anomalous; None is all but 0.
-        max_megapixels: How large an image may be; None is Pillow's limit.
+        images: They.
+        rows: (N,) their places among those that were to be read.
+        pixels: (N, 3, H, W) uint8, a list of N (3, H, W) where sizes differ, or None where they are read at every
+            access.
+        masks: (N, H, W) bool, likewise, or None where there are none, or they are read at every access.
+        shapes: (N, 2) heights and widths, where they are known; else the view says them.
     """
 
-    size: int
-    crop: Literal["center", "squash"]
-    resize: int
-    interpolation: str
-    before: str | None = None
-    intensity: str = "auto"
-    mask_values: tuple[int, ...] | None = None
-    max_megapixels: float | None = None
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """What checkpoints keep of it, by the names of the data module's arguments; ``resize`` only where it counts."""
-        return {
-            "image_size": self.size,
-            "crop": self.crop,
-            "resize": self.resize if self.crop == "center" else None,
-            "interpolation": self.interpolation,
-            "before": self.before,
-            "intensity": self.intensity,
-        }
-
-    @classmethod
-    def of(cls, words: Mapping[str, Any], max_megapixels: float | None = None) -> Self:
-        """The view whose ``words`` these are."""
-        size, resize = words["image_size"], words["resize"] or words["image_size"]
-        interpolation, before, intensity = (words[name] for name in ("interpolation", "before", "intensity"))
-        return cls(size, words["crop"], resize, interpolation, before, intensity, None, max_megapixels)
-
-    def __call__(self, source: Source) -> npt.NDArray[np.uint8]:
-        """Read and resize one image: (3, size, size)."""
-        return self.fit(self.open(source))
-
-    def open(self, source: Source) -> Opened:
-        """Read one image."""
-        return opened(source, self.max_megapixels)
-
-    def fit(self, image: Opened) -> npt.NDArray[np.uint8]:
-        """Resize one image: (3, size, size)."""
-        fitted = self._fit(image.rgb(self.intensity), Image.Resampling[self.interpolation.upper()])
-        return np.asarray(fitted).transpose(2, 0, 1)
-
-    def mask(self, mask: Path, source: Source) -> npt.NDArray[np.bool_]:
-        """Read and resize the mask of an image: (size, size)."""
-        return self.fit_mask(
-            read_mask(mask, frame(source, self.max_megapixels), self.mask_values, self.max_megapixels)[0]
-        )
-
-    def fit_mask(self, mask: Image.Image) -> npt.NDArray[np.bool_]:
-        """Resize one mask, 255 where anomalous: (size, size)."""
-        return np.asarray(self._fit(mask, Image.Resampling.NEAREST)) > 0
-
-    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what the view shows of an image (width, height), in its pixels."""
-        if self.crop == "squash":
-            return 0, 0, *size
-        side = self.size * min(size) / self.resize
-        left, top = ((length - side) / 2 for length in size)
-        return left, top, left + side, top + side
-
-    def _fit(self, image: Image.Image, how: Image.Resampling) -> Image.Image:
-        if self.before is not None:
-            side, corner, kept = BEFORE[self.before]
-            image = image.resize((side, side), how).crop((corner, corner, corner + kept, corner + kept))
-        if self.crop == "squash":
-            return image.resize((self.size, self.size), how)
-        if max(image.size) > 64 * min(image.size):  # what is cut away anyway would not fit into memory
-            left, top = (max(0, (side - 4 * min(image.size)) // 2) for side in image.size)
-            image = image.crop((left, top, image.width - left, image.height - top))
-        scale = self.resize / min(image.size)
-        width, height = (max(self.resize, round(side * scale)) for side in image.size)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return image.resize((width, height), how).crop((left, top, left + self.size, top + self.size))
+    images: Images
+    rows: npt.NDArray[np.int64]
+    pixels: Pixels | None
+    masks: Pixels | None = None
+    shapes: npt.NDArray[np.int64] | None = None
 
 
-# What data sets do first: resize to a square of so many pixels, then cut a square out of it: its corner, its side.
-BEFORE = {"crop": (512, 45, 430)}  # HyperKvasir's margins
+def decoded(
+    images: Images,
+    view: View,
+    in_memory: bool,
+    skip_unreadable: bool,
+    title: str,
+    sides: npt.NDArray[np.int64] | None = None,
+) -> Decoded:
+    """Read images, with a progress bar, and say what is noticed.
+
+    Args:
+        images: What to read.
+        view: How images are resized.
+        in_memory: Keep the pixels. Files are read also where they stay on disk: one that cannot be read is named now,
+            not in the night. Of more than 5000 such files, those that are empty and 5000 of all, evenly spaced, are
+            read beforehand, unless unreadable ones are to be left out.
+        skip_unreadable: Leave out, and count, files that are not images, instead of raising.
+        title: What the progress bar says.
+        sides: See shapes.shapes, where they are known.
+
+    Raises:
+        PandaError: Naming the files that cannot be read.
+    """
+    count = len(images)
+    some = looked_at(images, in_memory, skip_unreadable)
+    sides = shapes(images.sources, view) if sides is None else sides
+    pixels = _empty(sides, (3,), torch.uint8) if in_memory else None
+    masks = _empty(sides, (), torch.bool) if in_memory and images.masks is not None else None
+    files = count > 0 and isinstance(images.sources[0], Path)
+    facts: list[Facts] = []
+    for i, seen in enumerate(looks(some, view, title) if in_memory or files else ()):
+        facts.append(seen.facts)
+        if pixels is not None and not seen.facts.unreadable:
+            pixels[i].numpy()[...] = seen.pixels
+            if masks is not None:
+                masks[i].numpy()[...] = False if seen.mask is None else seen.mask
+    problems, notes = remarks(some.sources, some.masks, facts, view)
+    if some is not images:
+        hint = "`panda check-data` and data.on_error=skip check all of them"
+        notes.append(f"{len(some)} of {count} images are checked beforehand; {hint}.")
+    say(problems, notes)
+    good = readable_rows(some.sources, facts, skip_unreadable)
+    if some is not images:
+        return Decoded(images, np.arange(count), None, None, sides)
+    if len(good) == count:
+        return Decoded(images, good, pixels, masks, sides)
+    return Decoded(images.take(good), good, _taken(pixels, good), _taken(masks, good), sides[good])
+
+
+def _empty(sides: npt.NDArray[np.int64], channels: tuple[int, ...], dtype: torch.dtype) -> Pixels:
+    """Room for images of these heights and widths."""
+    if kinds(sides) is None:
+        return torch.empty((len(sides), *channels, *(sides[0].tolist() if len(sides) else (0, 0))), dtype=dtype)
+    return [torch.empty((*channels, *shape), dtype=dtype) for shape in sides.tolist()]
+
+
+def _taken(pixels: Pixels | None, rows: npt.NDArray[np.int64] | Tensor) -> Any:
+    """Images of these rows, where there are any: as they are kept."""
+    return [pixels[i] for i in rows] if isinstance(pixels, list) else None if pixels is None else pixels[rows]
+
+
+def looked_at(images: Images, in_memory: bool, skip_unreadable: bool) -> Images:
+    """Those that ``decoded`` reads: all, or of many files that stay on disk some, evenly spaced, and what is empty."""
+    count = len(images)
+    if count <= SAMPLE or in_memory or skip_unreadable or not isinstance(images.sources[0], Path):
+        return images
+    rows = np.linspace(0, count - 1, SAMPLE).round().astype(np.int64)
+    if isinstance(images.sources, Files):
+        rows = np.union1d(rows, np.flatnonzero(images.sources.sizes == 0))
+    return images.take(rows)
+
+
+def looks(images: Images, view: View, title: str, extremes: bool = False) -> Iterator[Look]:
+    """Every image and mask in order, with a progress bar."""
+    masks = images.masks or [None] * len(images)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # a pool takes all that it is given at once, and keeps what is found until it is asked for
+        several = (range(i, min(i + 1024, len(images))) for i in range(0, len(images), 1024))
+        found = (pool.map(lambda i: look(view, images.sources[i], masks[i], extremes), rows) for rows in several)
+        yield from track(chain.from_iterable(found), title, total=len(images), transient=True)
+
+
+class ImageDataset(Dataset[Batch]):
+    """Resized uint8 images with label and index.
+
+    Args:
+        found: What to show.
+        label: Of all images that were to be read: True or 1 where anomalous, or class numbers.
+        view: How images are resized.
+
+    Attributes:
+        kinds: (N,) numbers of the images' sizes; None where all have one, which every batch must have.
+        hidden: What the frozen layers of a run's network made of the images, (N, ...), which batches then show in their
+            place; None shows images.
+    """
+
+    hidden: Tensor | None = None
+
+    def __init__(self, found: Decoded, label: npt.NDArray[np.bool_] | npt.NDArray[np.int64], view: View) -> None:
+        self.view = view
+        self.images = found.images
+        self.shapes = shapes(self.images.sources, view) if found.shapes is None else found.shapes
+        self.kinds = kinds(self.shapes)
+        self.pixels, self.masks = found.pixels, found.masks
+        self.label = torch.from_numpy(label[found.rows].astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Batch:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """A whole batch at once.
+
+        Row -1 is a filler with index -1, shown as image 0, if there is one, or where sizes differ as the first image of
+        the batch; row GAP is left out.
+        """
+        rows = [row for row in rows if row != GAP]
+        index = torch.tensor(rows)
+        if not len(self):
+            image = torch.zeros(len(rows), 3, *self.view.usual, dtype=torch.uint8)
+            return {"image": image, "label": torch.zeros_like(index), "index": index}
+        first = 0 if self.kinds is None else next((row for row in rows if row >= 0), 0)
+        real = torch.where(index < 0, first, index)
+        if self.hidden is None:
+            image = self.pictures(real)
+        elif list(rows) == list(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0:
+            image = self.hidden[rows[0] : rows[0] + len(rows)]  # in order, as for the bank: no copy
+        else:
+            image = self.hidden[real.to(self.hidden.device, non_blocking=True)]
+        batch: Batch = {"image": image, "label": self.label[real], "index": index}
+        if self.images.masks is not None:
+            batch["mask"] = self._masks(self.images.masks, real)
+            drawn = torch.tensor([self.images.masks[i] is not None for i in real])
+            batch["has_mask"] = drawn | (batch["label"] == 0)
+        return batch
+
+    def batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """Rows (B,) with what batches show of them, those of one size together."""
+        for some in batches(rows, self.kinds, max(1, len(rows))):
+            yield some, self.__getitems__(some.tolist())
+
+    def _masks(self, files: Sequence[Path | None], rows: Tensor) -> Tensor:
+        if self.masks is not None:
+            return _stacked(self.masks, rows)
+        found = torch.zeros(len(rows), *self.shapes[rows[0]].tolist(), dtype=torch.bool)
+        for place, row in enumerate(rows.tolist()):
+            if (file := files[row]) is not None:
+                found.numpy()[place] = self.view.mask(file, self.images.sources[row])
+        return found
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 of these rows (B,), whatever batches show.
+
+        Raises:
+            PandaError: If they have several sizes.
+        """
+        if self.kinds is not None and len(rows) and bool((self.kinds[rows] != self.kinds[rows[0]]).any()):
+            raise PandaError(
+                "a batch has images of different sizes: with crop=none use the data module's own loaders and samplers."
+            )
+        if self.pixels is not None:
+            return _stacked(self.pixels, rows)
+        return torch.from_numpy(np.stack([pixels_of(self.view, self.images.sources[i]) for i in rows]))
+
+
+def _stacked(pixels: Pixels, rows: Tensor) -> Tensor:
+    return torch.stack([pixels[i] for i in rows]) if isinstance(pixels, list) else pixels[rows]
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: ``ImageDataset`` gives whole batches."""
+    return batch

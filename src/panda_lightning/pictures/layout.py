@@ -1,9 +1,19 @@
-"""Folders as they come: unpacked twice, linked, in a folder of their own, with other files between the images."""
+"""Folders as they come, unpacked twice, linked or with other files between the images; and what files are called."""
 
 import os
+import stat
+from array import array
+from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
 
 from panda_lightning.pictures.pixels import ENDINGS
 
@@ -43,38 +53,145 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix.lower() in ENDINGS and not is_junk(path.name))
 
 
+@dataclass(frozen=True, eq=False)
+class Files(Sequence[Path]):
+    """N files as arrays: a million takes tens of megabytes, and processes share them; paths are made when asked for.
+
+    Attributes:
+        folders: Those that hold them.
+        within: (N,) places of theirs in ``folders``.
+        called: (N,) their names there, encoded for the file system.
+        sizes: (N,) in bytes.
+        times: (N,) when they were last changed, in nanoseconds.
+        fingerprints: Those that were made of them, see Images.fingerprint.
+    """
+
+    folders: tuple[Path, ...]
+    within: npt.NDArray[np.int32]
+    called: npt.NDArray[np.bytes_]
+    sizes: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
+    fingerprints: dict[tuple[Path, bool], str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> "Files":
+        """Files of any folders, in this order, as they are now.
+
+        Raises:
+            OSError: If one is not there.
+        """
+        folders: dict[Path, int] = {}
+        within = [folders.setdefault(path.parent, len(folders)) for path in paths]
+        stats = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)]
+        sizes, times = np.array(stats, dtype=np.int64).reshape(-1, 2).T
+        return cls(tuple(folders), np.array(within, dtype=np.int32), _encoded(p.name for p in paths), sizes, times)
+
+    @classmethod
+    def joined(cls, parts: Iterable["Files"]) -> "Files":
+        """Several one after the other."""
+        several = [cls.of(()), *parts]
+        before = np.cumsum([0, *(len(part.folders) for part in several)], dtype=np.int32)
+        within = np.concatenate([part.within + start for part, start in zip(several, before, strict=False)])
+        called, sizes, times = (np.concatenate([getattr(p, n) for p in several]) for n in ("called", "sizes", "times"))
+        return cls(tuple(folder for part in several for folder in part.folders), within, called, sizes, times)
+
+    def __len__(self) -> int:
+        return len(self.called)
+
+    @overload
+    def __getitem__(self, row: int) -> Path: ...
+    @overload
+    def __getitem__(self, row: slice) -> "Files": ...
+    def __getitem__(self, row: int | slice) -> "Path | Files":
+        if isinstance(row, slice):
+            return self.take(np.arange(len(self))[row])
+        row = index(row)
+        path: Path = self.folders[self.within[row]] / os.fsdecode(self.called[row])
+        return path
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Files":
+        """Those of these rows, in their order."""
+        return Files(self.folders, self.within[rows], self.called[rows], self.sizes[rows], self.times[rows])
+
+    def names(self, by: Callable[[Path], str]) -> list[str]:
+        """What ``by``, which is ``readable`` or a ``relative``, makes of each: it is asked once a folder."""
+        return [name for part in self._chunks(by) for name, _ in part]
+
+    def pieces(self, root: Path) -> Iterator[bytes]:
+        """What ``fingerprint`` makes of a list of pairs of each name below ``root`` and size."""
+        yield f"{len(self)} in order".encode()
+        for part in self._chunks(lambda path: relative(path, root)):
+            yield "".join(f"2 in order{name!r}{size}" for name, size in part).encode()
+
+    def _chunks(self, by: Callable[[Path], str]) -> Iterator[Iterable[tuple[str, int]]]:
+        """Names and sizes, some at a time."""
+        starts = [by(folder / "x")[:-1] for folder in self.folders]
+        for first in range(0, len(self), 2**14):
+            within, called, sizes = (a[first : first + 2**14].tolist() for a in (self.within, self.called, self.sizes))
+            yield ((starts[w] + readable(c), s) for w, c, s in zip(within, called, sizes, strict=True))
+
+
 def images_below(folder: Path) -> list[Path]:
     """Files of images in a folder and its subfolders, sorted."""
-    return listed(folder)[0]
+    return list(listed(folder)[0])
 
 
-def listed(folder: Path) -> tuple[list[Path], Counter[str]]:
+def listed(folder: Path) -> tuple[Files, Counter[str]]:
     """Files of images in a folder and its subfolders, sorted; and how many of what else there is, by ending.
 
     Links to folders are followed, but for those that lead back to a folder above; hidden and system files do not count.
+    Every folder is read once.
     """
-    images: list[Path] = []
+    images: list[Files] = []
     others: Counter[str] = Counter()
-    above = {}  # by folder, those that hold it
     if folder.is_dir():
-        above[str(folder)] = {_identity(place) for place in (folder, *folder.absolute().parents)}
-    for place, names, files in os.walk(folder, followlinks=True):
-        names[:] = [name for name in names if not is_junk(name)]
-        for name in list(names):
-            itself = _identity(Path(place, name))
-            if itself in above[place]:
-                names.remove(name)
-                others["links to a folder above"] += 1
-            above[os.path.join(place, name)] = above[place] | {itself}
-        for name in files:
-            path = Path(place, name)
-            if is_junk(name):
+        _list(folder, {_identity(place) for place in (folder, *folder.absolute().parents)}, images, others)
+    return Files.joined(images), others
+
+
+def _list(folder: Path, above: set[tuple[int, int]], images: list[Files], others: Counter[str]) -> None:
+    """Append what a folder holds; ``above`` are it and those that hold it."""
+    names: list[str] = []
+    sizes, times = array("q"), array("q")
+    inner: list[str] = []
+    with suppress(OSError), os.scandir(folder) as entries:  # what may not be read is passed over
+        for entry in entries:
+            if is_junk(entry.name):
                 continue
-            if path.suffix.lower() in ENDINGS and path.is_file():
-                images.append(path)
+            found = None
+            with suppress(OSError):
+                found = entry.stat()
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                inner.append(entry.name)
+            elif found is not None and stat.S_ISREG(found.st_mode) and _ending(entry.name) in ENDINGS:
+                names.append(entry.name)
+                sizes.append(found.st_size)
+                times.append(found.st_mtime_ns)
             else:
-                others["dead links" if not path.exists() else path.suffix.lower() or "without ending"] += 1
-    return sorted(images), others
+                others["dead links" if found is None else _ending(entry.name) or "without ending"] += 1
+    keys = [os.path.normcase(name) for name in names]
+    order = np.array(sorted(range(len(names)), key=keys.__getitem__), dtype=np.int64)
+    keys.sort()
+    here = Files((folder,), np.zeros(len(names), dtype=np.int32), _encoded(names), np.array(sizes), np.array(times))
+    done = 0
+    for name in sorted(inner, key=os.path.normcase):  # files and folders of a folder are sorted together
+        itself = _identity(folder / name)
+        if itself in above:
+            others["links to a folder above"] += 1
+            continue
+        before, done = done, bisect(keys, os.path.normcase(name))
+        images.append(here.take(order[before:done]))
+        _list(folder / name, above | {itself}, images, others)
+    images.append(here.take(order[done:]))
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # a million times, where Path.suffix takes four times as long
+
+
+def _encoded(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    encoded = [os.fsencode(name) for name in names]
+    return np.array(encoded, dtype=np.bytes_) if encoded else np.array([], dtype="S1")
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -87,7 +204,7 @@ def passed_over(others: Counter[str]) -> tuple[str, ...]:
     if not others:
         return ()
     kinds = ", ".join(f"{ending} {number}" for ending, number in others.most_common())
-    return (f"{others.total()} files are passed over: {kinds}. Images end in {', '.join(ENDINGS)}.",)
+    return (f"{others.total()} files are ignored: {kinds}. Images end in {', '.join(ENDINGS)}.",)
 
 
 def masks_of(images: Sequence[Path], below: Path, masks: Path) -> list[Path | None]:
@@ -112,3 +229,13 @@ def masks_of(images: Sequence[Path], below: Path, masks: Path) -> list[Path | No
 
 def _stem(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def relative(path: Path, root: Path) -> str:
+    r"""A file's name below the data set's folder, with forward slashes; bytes that are not UTF-8 as ``\xNN``."""
+    return readable(Path(os.path.relpath(path, root)).as_posix())
+
+
+def readable(path: str | bytes | Path) -> str:
+    r"""A path as text that every file can hold: bytes that are not UTF-8 are ``\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from panda_lightning.pictures.images import View, readable
-from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.images import GAP
+from panda_lightning.pictures.layout import images_below, readable
+from panda_lightning.pictures.looking import look
 from panda_lightning.pictures.pixels import ENDINGS, Source
-from panda_lightning.pictures.reading import look
+from panda_lightning.pictures.shapes import kinds, shapes
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
@@ -90,7 +92,7 @@ def _sources(images: Any) -> Iterable[Source]:
     if isinstance(images, Iterable) and not isinstance(images, bytes | dict):
         return [source for one in images for source in (_named(one) or _sources(one))]
     raise PandaError(
-        f"{type(images).__name__} is no kind of image: give a path, an image of Pillow, {SHAPES}, or a list of these."
+        f"{type(images).__name__} is not an image: give a path, a Pillow image, {SHAPES}, or a list of these."
     )
 
 
@@ -114,7 +116,7 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise PandaError(f"{path} is no list of paths ({error}).") from error
+        raise PandaError(f"{path} is not a list of paths ({error}).") from error
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -133,13 +135,13 @@ def _files(path: Path) -> Sequence[Path]:
     if path.suffix.lower() in LISTS and path.is_file():
         named = [Path(line).expanduser() for line in _lines(path)]
         if not named:
-            raise PandaError(f"{path} lists no images: expected a path a line.")
+            raise PandaError(f"{path} lists no images: expected one path per line.")
         return [path.parent / name if (path.parent / name).exists() else name for name in named]
     if path.is_file():
         return [path]
     matching = [Path(name) for name in sorted(glob(str(path), recursive=True))]
     if not matching:
-        raise PandaError(f"{path} is no file and no folder, and as a pattern matches nothing.")
+        raise PandaError(f"{path} is not a file or a folder, and as a pattern it matches nothing.")
     return [file for one in matching for file in (images_below(one) if one.is_dir() else [one])]
 
 
@@ -151,8 +153,8 @@ def _arrays(images: Any) -> Sequence[Source]:
         if dtype.startswith(("float", "bfloat")):
             cure = "if its values lie in 0 to 1, give (255 * x).round() as uint8"
         elif dtype.startswith(("int", "uint")):
-            cure = "save it as a 16-bit PNG and give its path, so that the detector's rule for intensity counts"
-        raise PandaError(f"{kind} of {dtype} is no image, only uint8 is: {cure}.")
+            cure = "save it as a 16-bit PNG and give its path, so that the detector's rule for intensity applies"
+        raise PandaError(f"{kind} of {dtype} is not an image, only uint8 is: {cure}.")
     arrays = np.asarray(images.cpu()) if isinstance(images, Tensor) else images
     if isinstance(images, Tensor) and arrays.ndim > 2:  # channels first
         arrays = np.moveaxis(arrays, -3, -1)
@@ -160,7 +162,7 @@ def _arrays(images: Any) -> Sequence[Source]:
         return [arrays] if arrays.ndim == 3 else list(arrays)
     if min(shape, default=0) > 0 and arrays.ndim == 2:
         return [arrays]
-    raise PandaError(f"{kind} of shape {shape} is no image: give {SHAPES}.")
+    raise PandaError(f"{kind} of shape {shape} is not an image: give {SHAPES}.")
 
 
 class LooseDataset(Dataset[Batch]):
@@ -173,6 +175,9 @@ class LooseDataset(Dataset[Batch]):
         view: How they are resized.
         threads: Read the images of a batch beside each other, where no worker processes do.
         rows: Which of the images there are to be shown; None for all.
+
+    Attributes:
+        kinds: See ImageDataset.
     """
 
     def __init__(self, images: Loose, view: View, threads: bool, rows: Sequence[int] | None = None) -> None:
@@ -180,11 +185,15 @@ class LooseDataset(Dataset[Batch]):
         self.view = view
         self.threads = threads
         self.rows = range(len(images)) if rows is None else rows
+        self.shapes = shapes([images.sources[row] for row in self.rows], view)
+        self.kinds = kinds(self.shapes)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
+        places = [place for place in places if place != GAP]
+        height, width = self.shapes[max(places)].tolist() if max(places) >= 0 else self.view.usual
         rows = [self.rows[place] if place >= 0 else -1 for place in places]  # -1 is a filler
         sources = [self.images.sources[row] for row in rows if row >= 0]
         if self.threads:
@@ -192,7 +201,7 @@ class LooseDataset(Dataset[Batch]):
                 found = list(pool.map(lambda source: look(self.view, source), sources))
         else:
             found = [look(self.view, source) for source in sources]
-        image = torch.zeros((len(rows), 3, self.view.size, self.view.size), dtype=torch.uint8)
+        image = torch.zeros((len(rows), 3, height, width), dtype=torch.uint8)
         for i, seen in enumerate(found):
             if seen.pixels is not None:
                 image.numpy()[i] = seen.pixels

@@ -180,7 +180,7 @@ class Opened:
         """The picture by a rule for intensity."""
         rule = Intensity.parse(intensity)
         if self.coarse and rule.kind != "auto":
-            raise ValueError("16-bit colour is read in PNG alone: save it so, or leave intensity out")
+            raise ValueError("16-bit colour is read only from PNG: save the image as PNG, or leave intensity out")
         if self.picture is not None:
             return rule.shallow(self.picture)
         assert self.values is not None

@@ -4,28 +4,31 @@ import PIL
 import torch
 from torch import Tensor
 
-from panda_lightning.pictures.images import BEFORE, View
+from panda_lightning.pictures.view import BEFORE, THIN, View
 
 ONE = float(1 << 22)  # what Pillow's weights, whole numbers, add up to
 HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # whether it begins with the height of tall pictures
 
 
 def fitted(images: Tensor, view: View) -> Tensor:
-    """What a view makes of upright pictures of one size, (B, 3, H, W) uint8 -> (B, 3, size, size) uint8."""
-    how, size = view.interpolation, view.size
+    """What a view makes of upright pictures of one size, (B, 3, H, W) uint8 -> (B, 3, *view.sides) uint8."""
+    how, kept = view.interpolation, view.usual
     if view.before is not None:
-        side, corner, kept = BEFORE[view.before]
-        images = _resized(images, how, (_number(side),) * 2, (_number(corner),) * 2, kept)
-    height, width = (_length(images, dim) for dim in (2, 3))
+        side, corner, inner = BEFORE[view.before]
+        images = _resized(images, how, (_number(side),) * 2, (_number(corner),) * 2, (inner, inner))
+    size = [_length(images, dim) for dim in (2, 3)]
     if view.crop == "squash":
-        return _resized(images, how, (_number(size),) * 2, (_number(0),) * 2, size)
-    least = torch.minimum(height, width)
-    thin = torch.maximum(height, width) > 64 * least
-    cut = [torch.where(thin, ((n - 4 * least) / 2).floor().clamp(min=0), 0) for n in (height, width)]
-    sides = [n - 2 * margin for n, margin in zip((height, width), cut, strict=True)]
-    target = [(n * (view.resize / least)).round().clamp(min=view.resize) for n in sides]
-    first = [((n - size) / 2).round() for n in target]
-    return _resized(images, how, (target[0], target[1]), (first[0], first[1]), size, (cut[0], cut[1]))
+        return _resized(images, how, (_number(kept[0]), _number(kept[1])), (_number(0),) * 2, kept)
+    covers = [size[0] * kept[1], size[1] * kept[0]]
+    least, most = torch.minimum(*covers), torch.maximum(*covers)
+    spare = [((n - (4 * least / side).floor()) / 2).floor() for n, side in zip(size, kept[::-1], strict=True)]
+    cut = [torch.where(most > THIN * least, n.clamp(min=0), 0) for n in spare]
+    rest = [n - 2 * margin for n, margin in zip(size, cut, strict=True)]
+    scale = torch.maximum(*(view.resize * side / (min(kept) * n) for n, side in zip(rest, kept, strict=True)))
+    edges = [round(view.resize * side / min(kept)) for side in kept]
+    target = [(n * scale).round().clamp(min=edge) for n, edge in zip(rest, edges, strict=True)]
+    first = [((n - side) / 2).round() for n, side in zip(target, kept, strict=True)]
+    return _resized(images, how, (target[0], target[1]), (first[0], first[1]), kept, (cut[0], cut[1]))
 
 
 def _resized(
@@ -33,26 +36,26 @@ def _resized(
     how: str,
     target: tuple[Tensor, Tensor],
     first: tuple[Tensor, Tensor],
-    count: int,
+    kept: tuple[int, int],
     cut: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Resize pictures to ``target`` (height, width), and keep ``count`` rows and columns from ``first`` on.
+    """Resize pictures to ``target`` (height, width), and keep a part from ``first`` on.
 
     Args:
         images: (B, 3, H, W) uint8.
         how: bilinear or bicubic.
         target: Whole numbers, as tensors: what follows from a picture's size is not known when a graph is made.
         first: Likewise.
-        count: The side of what is kept.
+        kept: Rows and columns of that part.
         cut: Rows above and below, and columns left and right, that are taken away beforehand.
 
     Returns:
-        (B, 3, count, count) uint8.
+        (B, 3, *kept) uint8.
     """
     cut = cut or (_number(0),) * 2
     down, across = (
         _weights(images.shape[dim], _length(images, dim), margin, n, start, count, how, dim)
-        for dim, margin, n, start in zip((2, 3), cut, target, first, strict=True)
+        for dim, margin, n, start, count in zip((2, 3), cut, target, first, kept, strict=True)
     )
     x = images.double()
     found = _rounded(down @ _rounded(x @ across))

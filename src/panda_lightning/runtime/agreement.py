@@ -68,7 +68,7 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
 
     path = newest_whole(*folders, suits=alike)
     other = f" ({others[0]})" if others else ""
-    rank_zero_info(f"ckpt_path=last: {path or f'there is none of this configuration yet{other}'}")
+    rank_zero_info(f"ckpt_path=last: {path or f'there is no checkpoint of this configuration yet{other}'}")
     return None if path is None else str(path)
 
 
@@ -77,6 +77,9 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other) or (None not in (one, other) and str(one) == str(other))
+
+
+FOLLOW = {"resize", "multiple"}  # settings that others bring along: not worth words where those differ
 
 
 def require_same(method: str, before: dict[str, Any], now: dict[str, Any], training: bool, learns: bool) -> None:
@@ -97,9 +100,14 @@ def require_same(method: str, before: dict[str, Any], now: dict[str, Any], train
         if not isinstance(one, dict):
             one, other = {kind: one}, {kind: other}
         pairs = ((key, value, other.get(key)) for key, value in one.items())
-        differences += [f"{key}={here}, not {value}" for key, value, here in pairs if not same(here, value)]
+        found = {key: f"{key}={here}, not {value}" for key, value, here in pairs if not same(here, value)}
+        differences += [said for key, said in found.items() if not found.keys() - FOLLOW or key not in FOLLOW]
     if differences:
-        advice = "to go on, give those; to train on these, start anew" if training else "give those, or train anew"
+        advice = (
+            "to resume, use the old ones; to train with these, start a new run"
+            if training
+            else "use the old ones, or train again"
+        )
         raise PandaError(
-            f"{method} was made with other data or arguments than these ({'; '.join(differences)}): {advice}."
+            f"{method} was made with data or arguments other than these ({'; '.join(differences)}): {advice}."
         )

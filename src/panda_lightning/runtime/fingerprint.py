@@ -1,7 +1,7 @@
 """Short names for weights, images and settings, so that what was made from them is found again and only then."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ def fingerprint(*parts: Any) -> str:
 
     Args:
         parts: Tensors, by type, shape and bytes; data sets, by the pixels of their ``pictures``; mappings and sequences
-            of such; anything else by its ``repr``.
+            of such; iterators of bytes as these come; anything else by its ``repr``.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -34,8 +34,10 @@ def _pieces(part: Any) -> Iterable[bytes]:
             yield from _pieces(value)
     elif hasattr(part, "pictures"):
         yield f"{len(part)} pictures".encode()
-        for rows in torch.split(torch.arange(len(part)), 256):
+        for rows in torch.split(torch.arange(len(part)), 256 if getattr(part, "kinds", None) is None else 1):
             yield part.pictures(rows).numpy().tobytes()
+    elif isinstance(part, Iterator):
+        yield from part
     elif isinstance(part, Sequence) and not isinstance(part, str | bytes):
         yield f"{len(part)} in order".encode()
         for value in part:

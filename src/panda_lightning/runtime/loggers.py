@@ -19,13 +19,13 @@ from panda_lightning.runtime.whole import require_folder
 
 
 class AutoWandbLogger(WandbLogger):
-    """Lightning's WandbLogger, offline exactly when no credentials are found and no mode was set.
+    """Lightning's WandbLogger; it works offline if no credentials are found and no mode was set.
 
-    Without the wandb package it logs nothing and says so; when W&B's service is away the run is kept offline, for
-    ``wandb sync`` later; when its process on this machine dies the run goes on without it.
+    Without the wandb package it logs nothing and says so. If W&B's server cannot be reached, the run is kept offline;
+    upload it later with ``wandb sync``. If W&B's process on this machine dies, the run continues without it.
 
     Args:
-        save_dir: Where the folder ``wandb`` goes.
+        save_dir: Folder in which the folder ``wandb`` is created.
         project: W&B's project.
         kwargs: See WandbLogger and wandb.init.
     """
@@ -41,7 +41,8 @@ class AutoWandbLogger(WandbLogger):
     def __init__(self, save_dir: str = "runs", project: str = "panda-lightning", **kwargs: Any) -> None:
         # the command line gives every argument of wandb.init, those that were not set as None
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        if "WANDB_MODE" not in os.environ and not kwargs.get("offline") and not _has_credentials():
+        asked = os.environ.get("WANDB_MODE", None if _has_credentials() else "offline")
+        if kwargs.pop("offline", False) or asked == "offline":  # said to each run: W&B reads the environment once
             kwargs.setdefault("mode", "offline")
         # absolute, because W&B's service may have been started in another folder
         super().__init__(save_dir=Path(save_dir).absolute(), project=project, **kwargs)
@@ -57,15 +58,22 @@ class AutoWandbLogger(WandbLogger):
     @override
     def experiment(self) -> Any:
         if self._experiment is None:
-            from wandb.errors import Error
+            import wandb
 
             Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
+            quiet = {"settings": wandb.Settings(silent=True)}  # one line of ours says what six of W&B's would
             try:
+                if self._wandb_init.get("mode") == "offline":
+                    self._wandb_init = quiet | self._wandb_init
                 run = super().experiment
-            except Error as error:
+            except wandb.errors.Error as error:
                 rank_zero_warn(f"W&B cannot be reached ({error}): this run is kept offline.")
-                self._wandb_init["mode"] = "offline"
+                self._wandb_init = quiet | self._wandb_init | {"mode": "offline"}
                 run = super().experiment
+            if self._wandb_init.get("mode") == "offline":
+                folder = Path(run.settings.sync_dir)
+                here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+                rank_zero_info(f"W&B is offline. To upload this run later: wandb sync {here}")
             run.log = self._while_it_lives(run.log)
             for metrics in ("val/*", "train/*", "test/*", "bank/*", "features/*", "scores/*"):
                 run.define_metric(metrics, step_metric="epochs_trained")
@@ -82,10 +90,28 @@ class AutoWandbLogger(WandbLogger):
                     log(*args, **kwargs)
                 except ConnectionError as error:
                     lost = True
-                    kept = f"what it has got is in {self._wandb_init['dir']}/wandb"
-                    rank_zero_warn(f"W&B's process has died ({error}): this run goes on without it, and {kept}.")
+                    kept = f"what was logged so far is in {self._wandb_init['dir']}/wandb"
+                    rank_zero_warn(f"W&B's process has died ({error}): this run continues without it, and {kept}.")
 
         return guarded
+
+
+def introduce(trainer: Any, method: str) -> None:
+    """Give the loggers of a run their folders, and W&B what runs are compared by.
+
+    Args:
+        trainer: With the run's data module.
+        method: What the detector is called.
+    """
+    data = trainer.datamodule
+    for logger in trainer.loggers:
+        if trainer.is_global_zero:
+            claim_folder(logger)
+        if isinstance(logger, AutoWandbLogger):
+            run = {key: getattr(trainer, key) for key in ("max_epochs", "max_steps", "world_size", "precision")}
+            if size := getattr(data, "batch_size", None):
+                run |= {"batch_size": size, "batch_size_per_process": size // trainer.world_size}
+            logger.describe(type(data).__name__, method, run)
 
 
 def claim_folder(logger: Any) -> None:

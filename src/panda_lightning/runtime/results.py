@@ -20,11 +20,11 @@ ALPHA = 0.05  # where none is asked for
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of normal images that a detector has not learned from, which tell how rare a score is.
+    """Scores of normal images that a detector was not trained on; they show how rare a score is.
 
     Attributes:
         scores: (n,).
-        kind: held out, or leave one out: scores of the bank's own images, each without itself, which is approximate.
+        kind: held out, or leave one out: scores of the images in the bank, each without itself (approximate).
     """
 
     scores: npt.NDArray[np.float64]
@@ -50,21 +50,21 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Results:
-    """Scores of images, in their order; a row each.
+    """Scores of images, in their order, one row per image.
 
     Attributes:
         names: Paths, or numbers of pictures in memory.
-        score: (N,), higher is more anomalous; NaN where an image cannot be read.
+        score: (N,), higher is more anomalous; NaN if an image cannot be read.
         p_value: (N,) conformal p-values; None without calibration.
         anomalous: (N,) whether p_value <= alpha; None without calibration.
-        neighbours: Names of the nearest normal images, (N, n), "" of an unreadable one; None where the method has no
+        neighbours: Names of the nearest normal images, (N, n), "" for an unreadable image; None if the method has no
             bank of images.
-        distances: To them, (N, n), ascending, as the method's score has them.
-        maps: (N, H, W) float32; None where there are none.
+        distances: Distances to these neighbours, (N, n), ascending, as the method's score uses them.
+        maps: (N, H, W) float32, or a list of N (H, W) if sizes differ; None if there are none.
         unreadable: Why an image cannot be read, or "".
-        others: Scores of other kinds, (N,) each, by name: ses_score, of SampleWiseEarlyStopping.
+        others: Other scores by name, (N,) each: ses_score, from SampleWiseEarlyStopping.
         alpha: The level of the decision.
-        calibration: What the p-values rest on.
+        calibration: The calibration from which the p-values are computed.
     """
 
     names: list[str]
@@ -73,7 +73,7 @@ class Results:
     anomalous: npt.NDArray[np.bool_] | None
     neighbours: npt.NDArray[np.str_] | None
     distances: npt.NDArray[np.float64] | None
-    maps: npt.NDArray[np.float32] | None
+    maps: npt.NDArray[np.float32] | list[npt.NDArray[np.float32]] | None
     unreadable: list[str]
     others: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     alpha: float | None = None
@@ -112,7 +112,7 @@ class Results:
         kind = Path(path).suffix.lower()
         if kind not in (".csv", ".jsonl"):
             raise PandaError(f"{path} is neither .csv nor .jsonl: choose one of these endings.")
-        with new_file(Path(path)) as part, part.open("w", newline="") as file:
+        with new_file(Path(path)) as part, part.open("w", encoding="utf-8", newline="") as file:
             if kind == ".jsonl":
                 file.writelines(json.dumps(row) + "\n" for row in self.rows())
                 return
@@ -122,18 +122,23 @@ class Results:
             table.writerows(rows)
 
 
-def joined(parts: Sequence[Results]) -> Results:
-    """The results of several batches as one."""
-    first = parts[0]
+def joined(parts: Sequence[Results], rows: Sequence[int]) -> Results:
+    """The results of several batches as one, in the order of their rows."""
+    first, order = parts[0], np.argsort(rows)
     found: dict[str, Any] = {"alpha": first.alpha, "calibration": first.calibration}
     for name in (column.name for column in fields(Results) if column.name not in found):
         columns = [getattr(part, name) for part in parts]
-        if isinstance(columns[0], list):
-            found[name] = [value for column in columns for value in column]
+        if columns[0] is None:
+            found[name] = None
+        elif name == "maps" and len({values.shape for column in columns for values in column}) == 1:
+            found[name] = np.concatenate(columns)[order]
+        elif name == "maps" or isinstance(columns[0], list):
+            values = [value for column in columns for value in column]
+            found[name] = [values[i] for i in order]
         elif isinstance(columns[0], dict):
-            found[name] = {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}
+            found[name] = {key: np.concatenate([column[key] for column in columns])[order] for key in columns[0]}
         else:
-            found[name] = None if columns[0] is None else np.concatenate(columns)
+            found[name] = np.concatenate(columns)[order]
     return Results(**found)
 
 
@@ -150,8 +155,8 @@ def level_of(calibration: Calibration | None, alpha: float | None, fdr: float | 
     if alpha is not None or fdr is not None:
         asked = f"alpha_fdr={fdr:g}" if alpha is None else f"alpha={alpha:g}"
         raise PandaError(
-            f"{asked} needs a calibration, which this detector has not: train it with "
-            "data.calibration_fraction=0.2, which holds so many of the normal training images back."
+            f"{asked} needs a calibration, but this detector has none: train it with "
+            "data.calibration_fraction=0.2, which holds back that share of the normal training images."
         )
     return None
 
@@ -174,7 +179,7 @@ def results(
         calibration: For p-values.
         level: See level_of.
     """
-    values = found["score"].double().cpu().numpy().copy()
+    values = found["score"].cpu().double().numpy().copy()
     bad = np.array([bool(reason) for reason in unreadable], dtype=np.bool_)
     values[bad] = np.nan
     p = None if calibration is None else p_values(calibration.scores, values)
@@ -182,7 +187,7 @@ def results(
     if "neighbour" in found:
         rows = found["neighbour"].cpu().numpy()
         neighbours = np.array([[normal_names[i] if normal_names else str(i) for i in row] for row in rows])
-        distances = found["distance"].double().cpu().numpy().copy()
+        distances = found["distance"].cpu().double().numpy().copy()
         neighbours[bad], distances[bad] = "", np.nan
     maps = found["map"].float().cpu().numpy().copy() if "map" in found else None
     if maps is not None:
@@ -196,7 +201,7 @@ def results(
         distances=distances,
         maps=maps,
         unreadable=list(unreadable),
-        others={k: v.double().cpu().numpy() for k, v in found.items() if k.endswith("_score")},
+        others={k: v.cpu().double().numpy() for k, v in found.items() if k.endswith("_score")},
         alpha=level,
         calibration="none" if calibration is None else calibration.words,
     )

@@ -1,46 +1,50 @@
 """Exact nearest neighbours: the feature bank and its search."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal, Self
+import math
+from typing import Literal, Self
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from panda_lightning.arguments import Checked, Number
+from panda_lightning.runtime.float32 import full_float32
+from panda_lightning.runtime.systems import widenable
+from panda_lightning.search import with_faiss
+from panda_lightning.search.candidates import Candidates, Products, products_type, reach
 from panda_lightning.types import PandaError
 
 Backend = Literal["auto", "torch", "faiss"]
+MANY = 64  # groups of a query that are looked at together with those of others
+DEAR = 48  # a difference takes so many times as long as a product: where it is more, bfloat16 saves nothing
+TRIAL = 32  # queries that show what bfloat16 is worth
+NONE = torch.iinfo(torch.int64).max  # comes after all packed ones
 
 
 class KNNIndex(Checked):
-    """Exact k-nearest-neighbour search by squared Euclidean distance, in float32 whatever the features' type.
+    """Exact k-nearest-neighbour search by squared Euclidean distance, in float32 for any type of features.
 
-    The distances returned are those of the k nearest rows, but for float32's rounding of a sum of squared differences:
-    a relative error of (D + 2) 2^-24 at most, mostly of 1e-7. Of rows that differ by no more than that, any may come.
+    The distances returned are those of the k nearest rows, up to float32 rounding of a sum of squared differences: a
+    relative error of at most (D + 2) 2^-24, usually about 1e-7. Rows at the same distance are returned in their order.
 
-    The matrix-product form |q|^2 - 2 q.b + |b|^2 is fast but cancels digits, so it only names candidates, a few more
-    than k, after the bank's mean is subtracted from both sides; the distances returned are computed by differences.
-    Where the form's rounding might hide a nearer row, the query is searched again among eight times as many candidates,
-    in the end among all rows. torch names candidates in large banks by groups of rows: the k nearest rows lie in the k
-    groups with the nearest members, and the minimum of a group costs much less than a selection among its rows.
+    The matrix-product form |q|^2 - 2 q.b + |b|^2 is fast but loses digits by cancellation, so it only selects
+    candidates: all rows that may be among the k nearest, according to a bound on its rounding error. The distances
+    returned are computed from differences, so distances and rows do not depend on how candidates were selected: in
+    float32, in bfloat16, which is faster on processors and GPUs that support it (``products_type``), or by faiss.
+    Queries for which bfloat16 selects too many candidates are searched again in float32. Candidates are groups of rows;
+    the product keeps only the smallest value of each group.
 
     Args:
-        backend: torch, faiss, or auto: torch on a GPU; on a CPU faiss, where it is installed, but torch for features of
-            at most 128 dimensions, for which it is faster (experiments/RESULTS.md).
-        memory_mb: Roughly the memory that one chunk of a search may take, in MiB; a chunk has at least one query.
+        backend: torch, faiss, or auto, which is torch; pieces of a bank are searched by torch.
+        memory_mb: Approximate memory that one chunk of a search may use, in MiB; a chunk has at least one query.
     """
 
-    EXTRA = 8  # candidates beyond k, so that rounding in the matrix product seldom hides a neighbour
-    GROUP = 64  # rows
+    EXTRA = 8  # candidates of faiss beyond k, so that seldom more are needed
+    GROUP = 64  # rows of a group, at most
 
     def __init__(self, backend: Backend = "auto", memory_mb: Number = 512) -> None:
         self.backend = backend
         self.memory_mb = memory_mb
-        self._bank: Tensor | None = None
+        self._rows = 0
 
     def empty(self) -> Self:
         """Another index of this kind, for a bank that each process has all of."""
@@ -50,26 +54,31 @@ class KNNIndex(Checked):
         """Take the bank, on the device where it lies.
 
         Args:
-            bank: (N, D) features. The index goes on reading them, so they must not be written to.
+            bank: (N, D) features, or (N, P, D) for ``nearest_in_each``. The index goes on reading them, so they must
+                not be written to.
         """
-        if bank.ndim != 2 or not len(bank):
+        bank = bank.detach()
+        if bank.ndim not in (2, 3) or not bank.numel():
             raise PandaError(f"a bank of shape {tuple(bank.shape)} cannot be searched: give (N, D) with N > 0.")
-        return self._take(bank, bank.mean(dim=0, dtype=torch.float64))
+        return self._take(bank, total(bank) / math.prod(bank.shape[:-1]))
 
     def _take(self, bank: Tensor, mean: Tensor) -> Self:
-        self._faiss = _use_faiss(self.backend, bank)
-        self._rows = len(bank)
-        self._given = bank.detach()
-        self._mean = mean.float()
-        self._bank = (self._given.float() - self._mean).contiguous()
-        if not self._faiss:  # which computes its own norms
-            self._norms = torch.linalg.vector_norm(self._bank, dim=1).square()
+        self._given, self._mean = bank, mean.float().to(bank.device)
+        self._rows = math.prod(bank.shape[:-1])
         # numbers in a block of differences: those of a CPU stay in its caches
-        self._block = 2**20 if bank.device.type == "cpu" else self.memory_mb * 2**17
+        self._block = 2**18 if bank.device.type == "cpu" else int(self.memory_mb * 2**17)
+        # faiss finds nothing where a number is not finite
+        by_faiss = with_faiss.is_used(self.backend) and bank.ndim == 2 and bool(self._mean.isfinite().all())
+        self._faiss = self._given.float() - self._mean if by_faiss else None
+        self._products = self._made(products_type(bank.device.type)) if self._faiss is None else None
+        self._tried = False
         return self
 
+    def _made(self, dtype: torch.dtype) -> Products:
+        return Products(self._given, self._mean, dtype)
+
     def __len__(self) -> int:
-        return 0 if self._bank is None else self._rows
+        return self._rows
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Find the k nearest rows of the bank.
@@ -84,43 +93,134 @@ class KNNIndex(Checked):
         Raises:
             PandaError: If k does not fit the bank, or there is none.
         """
-        if self._bank is None:
-            raise PandaError("there is no bank of normal images yet: a test makes it, or a validation of fit.")
+        if not self._rows:
+            raise PandaError(
+                "there is no bank of normal images yet: run a test or a fit with validation, which make it."
+            )
         self._check(k)
         return self._search(queries, k)
 
-    def nearest_in_each(self, queries: Tensor, banks: Tensor) -> Tensor:
-        """Squared distances (B, P) of queries (B, P, D), each to the nearest row of its own bank of (B, N, D)."""
-        pairs = zip(queries, banks, strict=True)
-        return torch.stack([self.empty().fit(bank).search(some, 1)[0][:, 0] for some, bank in pairs])
+    def nearest_in_each(self, queries: Tensor, pieces: Tensor) -> Tensor:
+        """Squared distances (B, P) of queries (B, P, D), each to the nearest row of its own n pieces (B, n) of a bank.
 
-    def _search(self, queries: Tensor, k: int, times: int = 1) -> tuple[Tensor, Tensor]:
-        """The search among ``times`` as many candidates as should be enough, or more where they are not."""
-        assert self._bank is not None
+        Pieces are numbers in the first dimension of a bank (N, P, D).
+        """
+        pairs = zip(queries, pieces, strict=True)
+        return torch.stack([self._search(some, 1, among)[0][:, 0] for some, among in pairs])
+
+    def _search(self, queries: Tensor, k: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``search``, or with numbers of pieces (n,) among their rows alone, which are then counted from 0."""
         if not len(queries):
             return queries.new_empty((0, k), dtype=torch.float32), queries.new_empty((0, k), dtype=torch.long)
-        queries, dim = queries.detach().float(), self._bank.shape[1]
-        count = min((k + self.EXTRA) * times, self._rows)
-        if self._faiss and self._bank.is_cuda and count > 2048:  # more than it can find there
-            count = self._rows
-        group = self.GROUP if not self._faiss and self._rows >= self.GROUP**2 * count else 1
-        # a row of a chunk holds its candidates' differences and, but for faiss, its products with the bank
-        row_bytes = 4 * (2 * count * group * dim + (0 if self._faiss else 2 * self._rows))
-        rows, block = max(1, self.memory_mb * 2**20 // row_bytes), max(1, self._block // (count * group * dim))
-        found = []
-        with full_float32(self._bank.device):
-            for chunk in torch.split(queries, rows):
-                centred = chunk - self._mean
-                near, beyond = self._candidates(centred, count, group)
-                pieces = zip(torch.split(chunk, block), torch.split(near, block), strict=True)
-                exact = torch.cat([self._distances(*piece) for piece in pieces])
-                distance, order = exact.topk(k, largest=False)  # sorted
-                found.append((distance, near.gather(1, order), _may_miss(centred, distance[:, -1], beyond)))
-        distance, neighbour, missing = (torch.cat(column) for column in zip(*found, strict=True))
-        again = missing.nonzero().flatten()
-        if len(again):
-            distance[again], neighbour[again] = self._search(queries[again], k, 8 * times)
-        return distance, neighbour
+        queries = queries.detach().float()
+        with full_float32(self._given.device):
+            way = self._by_faiss if self._products is None else self._by_products
+            keys, all_found = way(queries, k, among)
+            if not all_found:
+                again = keys[:, 0].eq(NONE).nonzero().flatten()
+                exact = self._products
+                if exact is None or exact.dtype != torch.float32 or among is not None:
+                    exact = Products(self._given if among is None else self._given[among], self._mean, torch.float32)
+                keys[again] = torch.cat(
+                    [
+                        self._of_chunk(some, k, exact, among)[0]
+                        for some in torch.split(queries[again], self._chunk(exact, k))
+                    ]
+                )
+        return unpacked(keys)
+
+    def _by_products(self, queries: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, bool]:
+        """The k nearest, packed (B, k), and whether they are all there; NONE where bfloat16 leaves too many."""
+        used, found, all_found = self._products, [], True
+        assert used is not None
+        products = used if among is None else used.of(among)
+        while len(queries):
+            chunk = self._chunk(products, k)
+            keys, named, whole = self._of_chunk(queries[:chunk], k, products, among)
+            found.append(keys)
+            queries, all_found, self._tried = queries[chunk:], all_found and whole, True
+            if used.dtype != torch.float32 and DEAR * named > len(keys) * products.count:
+                used = self._products = self._made(torch.float32)  # bfloat16 tells too few rows of this bank apart
+                products = used if among is None else used.of(among)
+        return torch.cat(found), all_found
+
+    def _of_chunk(self, queries: Tensor, k: int, products: Products, among: Tensor | None) -> tuple[Tensor, int, bool]:
+        """The same of some queries, between the two how many candidates were named."""
+        group = self._group(products, k)
+        groups, few = -(-products.count // group), max(2 * k, MANY)
+        most = groups if products.dtype == torch.float32 else max(few, groups // DEAR)
+        near = products.candidates(queries, k, group)
+        named, largest = group * len(near.query), int(near.counts.max())  # for these two a GPU is waited for
+        if largest <= few:
+            return self._chosen(queries, near, largest, k, among), named, True
+        keys, light = torch.full((len(queries), k), NONE, device=queries.device), near.counts <= few
+        if bool(light.any()):
+            keys[light] = self._chosen(queries[light], near.of(light), few, k, among)
+        for one in (~light & (near.counts <= most)).nonzero():
+            own = near.of_one(int(one))
+            keys[one] = self._chosen(queries[one], own, len(own.group), k, among)
+        return keys, named, largest <= most
+
+    def _group(self, products: Products, k: int) -> int:
+        """Rows of a group: so many that differences to those of k take about as long as the choice among groups."""
+        balance = round(math.log2(math.sqrt(4 * products.count / (k * len(self._mean)))))
+        return int(min(self.GROUP, 2 ** max(0, balance), products.count // k))
+
+    def _chunk(self, products: Products, k: int) -> int:
+        """How many queries are searched at a time: least products of groups are there three times, and as a mask."""
+        on_cpu, size = self._given.device.type == "cpu", products.dtype.itemsize
+        row_bytes = -(-products.count // self._group(products, k)) * (3 * size + 2)
+        most = int(self.memory_mb * 2**20) // (row_bytes if on_cpu else row_bytes + products.count * size)
+        untried = products.dtype != torch.float32 and not self._tried
+        return max(1, min(most, TRIAL if untried else 1024 if on_cpu else most))
+
+    def _chosen(self, queries: Tensor, near: Candidates, largest: int, k: int, among: Tensor | None) -> Tensor:
+        """The k nearest rows of each query's candidates, at most ``largest`` groups, packed, ascending (B, k)."""
+        inside, found = torch.arange(near.size, device=queries.device), []
+        step = max(1, self._block // (near.size * queries.shape[1]))
+        for query, place in zip(torch.split(near.query, step), torch.split(near.group, step), strict=True):
+            row = place.unsqueeze(1) * near.size + inside
+            distance = self._distances(queries.index_select(0, query), row.clamp(max=near.total - 1), among)
+            keys = torch.where(row < near.total, packed(distance, row), NONE)
+            found.append(keys.topk(min(k, near.size), largest=False, sorted=False).values)
+        keys, first = torch.cat(found), near.counts.cumsum(0) - near.counts
+        slot = torch.arange(len(keys), device=keys.device) - first[near.query]
+        all_keys = keys.new_full((len(queries), largest, keys.shape[1]), NONE)
+        all_keys[near.query, slot] = keys
+        return all_keys.flatten(1).topk(k, largest=False).values
+
+    def _distances(self, queries: Tensor, rows: Tensor, among: Tensor | None = None) -> Tensor:
+        """Squared distances of each query (B, D) to rows (B, count), of the features as they were given."""
+        if self._given.ndim == 2:
+            taken = self._given.index_select(0, rows.flatten())
+        else:
+            size = self._given.shape[1]
+            piece = rows // size
+            taken = self._given[piece if among is None else among[piece], rows % size]
+        return taken.float().view(*rows.shape, -1).sub_(queries.unsqueeze(1)).square_().sum(dim=2)
+
+    def _by_faiss(self, queries: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, bool]:
+        """The k nearest, packed (B, k), and whether they are all there; NONE where candidates may lack one."""
+        assert self._faiss is not None
+        count = min(k + self.EXTRA, self._rows, with_faiss.most(self._faiss))
+        dim, found = queries.shape[1], []
+        for some in torch.split(queries, max(1, int(self.memory_mb * 2**20) // (8 * count * dim))):
+            if k > count:
+                found.append(torch.full((len(some), k), NONE, device=some.device))
+                continue
+            centred = some - self._mean
+            distance, near = with_faiss.nearest(centred, self._faiss, count)
+            pieces = (torch.split(t, max(1, self._block // (count * dim))) for t in (some, near))
+            exact = torch.cat([self._distances(*piece) for piece in zip(*pieces, strict=True)])
+            keys = packed(exact, near).topk(k, largest=False).values
+            keys[~distance.isfinite().all(dim=1)] = NONE
+            if count < self._rows:
+                wide, norm = (widenable(t).double() for t in (distance, torch.linalg.vector_norm(centred, dim=1)))
+                most = reach(dim, torch.float32, wide[:, k - 1], norm, torch.zeros_like(norm), norm.new_zeros(()))
+                keys[(wide[:, -1] <= most).to(keys.device)] = NONE
+            found.append(keys)
+        keys = torch.cat(found)
+        return keys, not bool((keys == NONE).any())
 
     # ---- a bank of which each process may hold a part: see search/sharded.py; here each has all of it
 
@@ -149,109 +249,19 @@ class KNNIndex(Checked):
                 f"k={k} neighbours cannot be found in a bank of {len(self)} normal images: choose 1 to {len(self)}."
             )
 
-    def _distances(self, queries: Tensor, near: Tensor) -> Tensor:
-        """Squared distances of each query (B, D) to its candidates (B, count), (B, count)."""
-        found = []
-        for some in torch.split(near, max(1, self._block // queries.numel()), dim=1):
-            rows = self._given.index_select(0, some.flatten()).float().view(*some.shape, -1)
-            found.append((queries.unsqueeze(1) - rows).square_().sum(dim=2))  # of the features as they were given
-        return torch.cat(found, dim=1)
 
-    def _candidates(self, queries: Tensor, count: int, group: int) -> tuple[Tensor, Tensor]:
-        """Rows in the ``count`` groups nearest to each query by the matrix-product form, (B, ...).
-
-        Also the squared distance by the same form beyond which all other rows are, (B,).
-        """
-        assert self._bank is not None
-        if count == self._rows:
-            near = torch.arange(count, device=queries.device).expand(len(queries), count)
-            return near, queries.new_full((len(queries),), torch.inf)
-        if self._faiss:
-            import faiss
-            import faiss.contrib.torch_utils
-
-            if self._bank.is_cuda:
-                nearest: Any = faiss.knn_gpu(_gpu_resources(), queries, self._bank, count)
-            else:
-                nearest = faiss.knn(queries.numpy(), self._bank.numpy(), count)
-            distance, near = (torch.as_tensor(t) for t in nearest)  # ascending; where there is NaN, -1 stands for none
-            return near.clamp(min=0), distance[:, -1]
-        whole = self._rows // group * group  # what is beside groups is a candidate anyway
-        # on a CPU in blocks that stay in its caches
-        rows, columns = (256, 2048) if self._bank.device.type == "cpu" else (len(queries), whole)
-        bank = list(zip(*(torch.split(t[:whole], columns) for t in (self._norms, self._bank)), strict=True))
-        found = []
-        for some in torch.split(queries, rows):
-            products = (torch.addmm(n, some, b.T, alpha=-2) for n, b in bank)
-            least = [p.view(len(some), -1, group).amin(dim=2) if group > 1 else p for p in products]
-            found.append(torch.cat(least, dim=1).topk(count, largest=False, sorted=False))
-        value, first = (torch.cat(column) for column in zip(*found, strict=True))
-        near = (first.unsqueeze(2) * group + torch.arange(group, device=first.device)).flatten(1)
-        rest = torch.arange(whole, self._rows, device=first.device).expand(len(queries), -1)
-        return torch.cat([near, rest], dim=1), value.amax(dim=1) + queries.double().square().sum(dim=1)
+def total(bank: Tensor) -> Tensor:
+    """About the sum of all rows (..., D), in float64 (D,): what is less than about their mean loses few digits."""
+    pieces = torch.split(bank, max(1, 2**13 // max(1, math.prod(bank.shape[1:-1]))))
+    sums = [piece.sum(dim=tuple(range(bank.ndim - 1)), dtype=torch.float32) for piece in pieces]
+    return widenable(torch.stack(sums)).sum(dim=0, dtype=torch.float64)
 
 
-def _may_miss(queries: Tensor, distance: Tensor, beyond: Tensor) -> Tensor:
-    """Whether a row beside the candidates may be nearer than the farthest one found, (B,).
-
-    A sum of n products in float32, in whatever order, is wrong by at most n u / (1 - n u) times the sum of their sizes,
-    u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1). Rows nearer than d lie
-    within R = |q| + sqrt(d) of the mean, so the matrix-product form is wrong for them by at most 2 R (|q| + R) times
-    that, n being D and a few for the sums with the norms and the subtracted mean.
-
-    Args:
-        queries: (B, D), less the bank's mean.
-        distance: Squared, of the farthest one found, (B,).
-        beyond: What the form gives at least for all rows beside the candidates, (B,).
-    """
-    n = queries.shape[1] + 8
-    norm: Tensor = torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64)
-    radius = norm + distance.double().sqrt()
-    error = 2 * radius * (norm + radius) * n / (2**24 - n)
-    return distance > (beyond - error).clamp(min=0)
+def packed(distance: Tensor, row: Tensor) -> Tensor:
+    """Distances that are not negative and their rows in one number each, ordered by distance, then by row."""
+    return (distance.float().view(torch.int32).long() & 0x7FFFFFFF) << 32 | row
 
 
-def _use_faiss(backend: Backend, bank: Tensor) -> bool:
-    if backend == "torch" or (backend == "auto" and (bank.device.type != "cpu" or bank.shape[1] <= 128)):
-        return False
-    if find_spec("faiss") is not None:
-        return True
-    if backend == "auto":
-        _say_once("faiss is not installed: the kNN search runs in torch.")
-        return False
-    raise PandaError("index_backend=faiss, but faiss is not installed: install it, or choose torch or auto.")
-
-
-@cache
-def _say_once(line: str) -> None:
-    rank_zero_info(line)
-
-
-@cache
-def _gpu_resources() -> Any:
-    """One faiss resources object a process: each holds GPU memory for good."""
-    import faiss
-
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(256 * 2**20)
-    return resources
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No products in TF32 or bfloat16, whatever was set, nor autocast: they would name wrong candidates."""
-    with ExitStack() as undo:
-        undo.enter_context(torch.autocast(device.type, enabled=False))
-        if not hasattr(torch._C, "_get_fp32_precision_getter"):  # torch < 2.9
-            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        else:
-            # A setting without a value of its own reads as the one above it. So, from the top, one that is still low
-            # has its own, which can be put back. Not by torch.backends: mkldnn's there sets the one above.
-            backend = "cuda" if device.type == "cuda" else "mkldnn"
-            for setting in (("generic", "all"), (backend, "all"), (backend, "matmul")):
-                before = torch._C._get_fp32_precision_getter(*setting)
-                if before not in ("none", "ieee"):
-                    undo.callback(torch._C._set_fp32_precision_setter, *setting, before)
-                    torch._C._set_fp32_precision_setter(*setting, "ieee")
-        yield
+def unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances and rows of packed ones."""
+    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF

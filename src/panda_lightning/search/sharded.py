@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from panda_lightning.runtime.features import gather
-from panda_lightning.runtime.processes import of_each, world_size
-from panda_lightning.search.knn import KNNIndex
+from panda_lightning.runtime.gathering import gather
+from panda_lightning.runtime.processes import of_each, sum_of_all, world_size
+from panda_lightning.runtime.systems import wide_device
+from panda_lightning.search.knn import KNNIndex, packed, total, unpacked
 
 
 class ShardedIndex(KNNIndex):
@@ -27,9 +28,7 @@ class ShardedIndex(KNNIndex):
 
     @override
     def fit(self, bank: Tensor) -> Self:
-        sums = torch.cat([bank.sum(dim=0, dtype=torch.float64), bank.new_tensor([len(bank)], dtype=torch.float64)])
-        if world_size() > 1:
-            dist.all_reduce(sums)
+        sums = sum_of_all(torch.cat([total(bank), self._count(bank)]))
         self._size = int(sums[-1])
         if not self._size:
             return super().fit(bank)  # which refuses it
@@ -56,7 +55,7 @@ class ShardedIndex(KNNIndex):
 
     @staticmethod
     def _count(values: Tensor) -> Tensor:
-        return torch.tensor([len(values)], dtype=torch.float64, device=values.device)
+        return torch.tensor([len(values)], dtype=torch.float64, device=wide_device(values.device))
 
     @override
     def whole(self, bank: Tensor) -> Tensor:
@@ -104,6 +103,5 @@ class ShardedIndex(KNNIndex):
             row[..., :near][asked] = rows * world + rank
         # (answering process, asking process, query, k) -> this process's queries, (query, all answers)
         answers = (of_each(t)[:, rank].transpose(0, 1).flatten(1) for t in (distance, row))
-        distance, row = (t[: len(queries)] for t in answers)
-        best, order = distance.topk(k, largest=False)  # sorted
-        return best, row.gather(1, order)
+        keys = packed(*(t[: len(queries)] for t in answers))
+        return unpacked(keys.topk(k, largest=False).values)

@@ -21,8 +21,7 @@ class TracedIndex(KNNIndex):
 
     @override
     def fit(self, bank: Tensor) -> Self:
-        self.bank = self._bank = bank
-        self._rows = len(bank)
+        self.bank, self._rows = bank, bank.shape[:-1].numel()
         return self
 
     @override
@@ -32,7 +31,8 @@ class TracedIndex(KNNIndex):
         return (queries.float().unsqueeze(1) - self.bank[row].float()).square().sum(dim=2), row
 
     @override
-    def nearest_in_each(self, queries: Tensor, banks: Tensor) -> Tensor:
+    def nearest_in_each(self, queries: Tensor, pieces: Tensor) -> Tensor:
+        banks = self.bank[pieces].flatten(1, 2)
         row = self._nearest(queries, banks, 1)
         found = banks.gather(1, row.expand(-1, -1, banks.shape[2]))
         return (queries.float() - found.float()).square().sum(dim=2)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -158,7 +159,7 @@ def joined(words: Sequence[str]) -> list[str]:
     for word in found:
         name = word.partition("=")[0]
         if not word.startswith("--") or "=" not in word:
-            raise PandaError(f"{word!r} is no option with a value: write words as --key=value.")
+            raise PandaError(f"{word!r} is not an option with a value: write words as --key=value.")
         if name in SET or name.startswith("--trainer.logger"):
             raise PandaError(f"{name} is set by the table ({SET.get(name, '--loggers')}): leave it out of the words.")
     return found
@@ -214,10 +215,12 @@ class _Method:
 
     def _detector(self, laid: dict[str, Any]) -> type[Detector]:
         path = (self.content.get("model") or {}).get("class_path") or (laid.get("model") or {}).get("class_path") or ""
-        name = str(path).split(".")[-1]
+        module, _, name = str(path).rpartition(".")
+        if module.partition(".")[0] not in ("", "panda_lightning"):  # the user's own
+            import_module(module)
         cls: type[Detector] | None = next((cls for cls in subclasses(Detector) if cls.__name__ == name), None)
         if cls is None:
-            raise PandaError(f"{name or 'nothing'} is no detector: choose a variant of one.")
+            raise PandaError(f"{name or 'nothing'} is not a detector: choose a variant of one.")
         return cls
 
     def few(self, shots: int) -> list[str]:
@@ -245,6 +248,6 @@ def spread(rows: Sequence[Row], part: str | None) -> list[Row]:
         return list(rows)
     found = re.fullmatch(r"(\d+)/(\d+)", part)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise PandaError(f"--shard={part} is no part: give i/n with i from 1 to n, such as 2/10.")
+        raise PandaError(f"--shard={part} is not a part: give i/n with i from 1 to n, such as 2/10.")
     i, n = int(found[1]), int(found[2])
     return list(rows[len(rows) * (i - 1) // n : len(rows) * i // n])

@@ -28,16 +28,20 @@ from PIL import Image
 from typing_extensions import override
 
 from panda_lightning.callbacks import Report, SampleWiseEarlyStopping, SaveOnSignal
-from panda_lightning.cli import VERSION, PandaCLI, run, silence
+from panda_lightning.cli import PandaCLI, run
+from panda_lightning.command.endings import silence
+from panda_lightning.command.parser import VERSION
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import Detector
 from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.systems import TRY_AGAIN, heritable
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
 from panda_lightning.tables.plan import Row
 from panda_lightning.types import PandaError
 
-KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc")  # a method's own number: the first there is
+# a method's own number: the first there is
+KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc", "val/auroc_autoencoder")
 HARDEST, SIDE = 6, 96  # pictures of either kind, and their side in pixels
 
 
@@ -102,9 +106,11 @@ class Rows:
             known["curve"] = [tuple(point) for point in known["curve"]]
             found = Found(**{**known, "row": Row.of(known["row"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise PandaError(f"{path} is no row of a table ({error}): remove it, and the row is run again.") from error
+            raise PandaError(f"{path} is not a row of a table ({error}): remove it to run the row again.") from error
         if found.error is None and not path.with_suffix(".npz").is_file():
-            raise PandaError(f"{path} has lost its scores, {path.stem}.npz: remove it, and the row is run again.")
+            raise PandaError(
+                f"{path} has no scores any more, {path.stem}.npz is missing: remove it to run the row again."
+            )
         return found
 
     def scores(self, row: Row) -> dict[str, Any]:
@@ -151,7 +157,7 @@ class Rows:
             error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
         except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise PandaError(f"{failure}. Make room, and run the same command again.") from failure
+                raise PandaError(f"{failure}. Free disk space, and run the same command again.") from failure
             error = " ".join(str(failure).split()) or type(failure).__name__
         seconds = before + time.monotonic() - begin
         return self._write(Found(row, images, curve, seconds, work, made(), error))
@@ -163,13 +169,15 @@ class Rows:
         return found
 
     def _made_apart(self, row: Row, log: Path, lock: int | None) -> Found:
-        """Run it in a process of its own, which Lightning starts again for each device."""
+        """Run it in a process of its own, which Lightning starts again for each device.
+
+        On Windows the lock goes with this process: killed while the other goes on, it leaves a row that a second table
+        may make once more.
+        """
         words = [sys.executable, "-m", __spec__.name, str(self.folder), row.as_json(), *self.loggers]
         with log.open("a", encoding="utf-8") as file:
-            status = subprocess.run(
-                words, stdout=file, stderr=file, check=False, pass_fds=() if lock is None else (lock,)
-            ).returncode
-        if status < 0 or status in (75, 130, 143):  # a signal: the run is to go on
+            status = subprocess.run(words, stdout=file, stderr=file, check=False, pass_fds=heritable(lock)).returncode
+        if status < 0 or status in (TRY_AGAIN, 130, 143):  # a signal: the run is to go on
             raise SystemExit(status if status > 0 else 128 - status)
         if not self.path(row).is_file():
             said = f"a process ended with status {status}: see {log}"
@@ -196,8 +204,8 @@ class Rows:
         _save(self.path(row).with_suffix(".npz"), index=index, score=values, label=label, kind=kind)
         order = np.argsort(values, kind="stable")
         hard = np.concatenate([order[label[order] == 1][:HARDEST], order[label[order] == 0][::-1][:HARDEST]])
-        shown = dataset.pictures(scores.index[hard.copy()])
-        jpeg = np.array([_jpeg(picture) for picture in shown.numpy()])
+        shown = (dataset.pictures(row)[0] for row in scores.index[hard.copy()].split(1))  # which may differ in size
+        jpeg = np.array([_jpeg(picture.numpy()) for picture in shown])
         _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
         return model.origin["test images"], self._curve(log_dir.parent)
 
@@ -334,7 +342,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cpus, about = os.cpu_count(), Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
+    lines = about.read_text("utf-8").splitlines() if about.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{cpus} cores of {names[0] if names else platform.machine()}"
 

@@ -4,9 +4,12 @@ A tool's module has ``HELP``, a sentence; ``arguments(parser)``, which adds what
 returns the exit status.
 """
 
+import sys
 from pathlib import Path
 
-from panda_lightning.cli import VERSION, OneSentenceParser, end_in_a_sentence, pass_over_imports, silence
+from panda_lightning.command.endings import end_in_a_sentence, pass_over_imports, silence
+from panda_lightning.command.parser import VERSION, OneSentenceParser
+from panda_lightning.command.words import find_own_classes
 from panda_lightning.runtime.whole import require_folder
 from panda_lightning.tools import bank, check_data, export, fisher, gallery, suspects, table
 from panda_lightning.types import PandaError
@@ -33,6 +36,7 @@ def main(args: list[str] | None = None) -> int:
     """
     silence()
     pass_over_imports()
+    find_own_classes()
     parser = OneSentenceParser(prog="panda", description="Tools around `lightning fit`.", version=VERSION)
     commands = parser.add_subcommands()
     accepted = {name: OneSentenceParser(description=tool.HELP) for name, tool in TOOLS.items()}
@@ -49,6 +53,7 @@ def main(args: list[str] | None = None) -> int:
                 raise PandaError(f"--output={output} is a folder: name a file.")
             require_folder("--output", Path(output).parent)
         status: int = TOOLS[config.subcommand].run(chosen)
+        sys.stdout.flush()
         return status
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         end_in_a_sentence(error)

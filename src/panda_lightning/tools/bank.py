@@ -6,7 +6,7 @@ from typing import Literal
 from jsonargparse import Namespace
 from rich import get_console
 
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.detectors import banks
 from panda_lightning.detectors.base import Detector
 from panda_lightning.detectors.exported import from_checkpoint, kept_times
@@ -15,7 +15,7 @@ from panda_lightning.runtime.checkpoints import WholeCheckpointIO, read_tensors
 from panda_lightning.runtime.whole import require_new
 from panda_lightning.types import PandaError
 
-HELP = "Add normal images to a checkpoint's bank, take some out of it, or list them; nothing is trained."
+HELP = "Add normal images to a checkpoint's bank, remove some from it, or list them; nothing is trained."
 TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops")  # what only a run that goes on would need
 
 
@@ -23,7 +23,7 @@ def arguments(parser: OneSentenceParser) -> None:
     """Accept what to do with which bank."""
     add = parser.add_argument
     add("verb", type=Literal["add", "remove", "list"], help="What to do.")
-    add("--ckpt_path", type=Path, required=True, help="The checkpoint of a detector; it stays as it is.")
+    add("--ckpt_path", type=Path, required=True, help="The checkpoint of a detector; it is not changed.")
     add("--images", type=str | None, default=None, help="To add: a folder, a file, a pattern or a list of paths.")
     add("--like", type=str | None, default=None, help="To remove: a name or pattern (*/7*.jpg), or a .txt of them.")
     add("-o", "--output", type=Path | None, default=None, help="The new checkpoint.")
@@ -45,18 +45,20 @@ def run(config: Namespace) -> int:
     if config.verb == "add":
         changed = f"{len(banks.add(detector, config.images))} added"
     else:
-        changed = f"{len(banks.remove(detector, _patterns(config.like)))} taken out"
+        changed = f"{len(banks.remove(detector, _patterns(config.like)))} removed"
     require_new(config.output)  # once more: work takes time
     save(detector, config.ckpt_path, config.output)
     said = f"{config.output}: {changed}, {len(banks.names(detector))} normal images in its bank."
     if detector.steps_trained:
-        said += " The adapted weights and their centre are still those of the images that they were trained on."
+        said += " The adapted weights and their centre do not change: they still come from the images of the training."
     if calibrated:
         follows = detector.calibration is not None
-        why = f"{detector.method} keeps no features of the images held back for them" if held else "too few are left"
-        said += " P-values follow." if follows else f" There are no p-values any more: {why}."
+        why = (
+            f"{detector.method} does not keep features of the images held back for them" if held else "too few are left"
+        )
+        said += " The p-values are updated." if follows else f" There are no p-values any more: {why}."
     if kept_times(config.ckpt_path) is not None:
-        said += " What SES kept of the run's other times is left out, for those banks are the old ones."
+        said += " The snapshots of SES are left out, because their banks are the old ones."
     get_console().print(said, soft_wrap=True, markup=False, highlight=False)
     return 0
 

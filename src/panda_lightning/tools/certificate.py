@@ -50,9 +50,9 @@ class Certificate:
         maps = "" if self.largest_map is None else f", of maps {self.largest_map:.1e}"
         stored = f"; {' and '.join(self.stored)} stored bit for bit" if self.stored else ""
         return (
-            f"{self.images} pictures ({self.source}) agree in {self.runtime}: largest relative difference of scores "
-            f"{self.largest:.1e}{maps} (tolerance {self.tolerance:g}), pairs in another order {self.reordered}, other "
-            f"decisions {self.redecided}{stored}"
+            f"{self.images} pictures ({self.source}) agree in {self.runtime}: largest relative difference of "
+            f"scores {self.largest:.1e}{maps} (tolerance {self.tolerance:g}), pairs ranked differently "
+            f"{self.reordered}, different decisions {self.redecided}{stored}"
         )
 
 
@@ -74,7 +74,7 @@ def require_stored(path: Path, held: dict[str, Tensor]) -> tuple[str, ...]:
         wanted = tensor.numpy()
         alike = [found for found in there if found.dtype == wanted.dtype and found.size == wanted.size]
         if not any(np.array_equal(f.ravel(), w.ravel()) for f in alike for w in (wanted, wanted.T)):
-            raise PandaError(f"the {name} is not in it as it is in the detector")
+            raise PandaError(f"its {name} is not that of the detector")
     return tuple(held)
 
 
@@ -146,8 +146,9 @@ def compare(
         worst = int(np.argmax(np.where(np.isnan(gaps), np.inf, gaps)))
         if not gaps[worst] <= certificate.tolerance:
             raise PandaError(
-                f"{name} of picture {worst} is {other[worst]:.7g} in the file and {one[worst]:.7g} in the detector, a "
-                f"relative difference of {gaps[worst]:.1e}, where {certificate.tolerance:g} is allowed"
+                f"{name} of picture {worst} is {other[worst]:.7g} in the file and {one[worst]:.7g} in the "
+                f"detector, a relative difference of {gaps[worst]:.1e}, but only {certificate.tolerance:g} is "
+                "allowed"
             )
         certificate.largest = max(certificate.largest, float(gaps[worst]))
         certificate.reordered += sum(_reordered(one, other))
@@ -160,12 +161,12 @@ def compare(
     if wrong.any():
         worst = int(np.argmax(wrong))
         raise PandaError(
-            f"the p-value of picture {worst} is {found['p_value'][worst]:.4g} in the file, where the detector's score "
-            f"allows {least[worst]:.4g} to {most[worst]:.4g}"
+            f"the p-value of picture {worst} is {found['p_value'][worst]:.4g} in the file, but the detector's "
+            f"score allows {least[worst]:.4g} to {most[worst]:.4g}"
         )
     if level is not None:
         if (wrong := found["anomalous"] != flagged(found["p_value"], level)).any():
-            raise PandaError(f"the decision on picture {int(np.argmax(wrong))} is not that of its p-value")
+            raise PandaError(f"the decision on picture {int(np.argmax(wrong))} does not match its p-value")
         certificate.redecided = int((found["anomalous"] != flagged(p_values(calibration, one), level)).sum())
 
 
@@ -175,7 +176,7 @@ def compare_maps(certificate: Certificate, largest: Array, gaps: Array) -> None:
     certificate.largest_map = float(np.max(gaps / np.maximum(scale, np.finfo(np.float64).tiny)))
     if not certificate.largest_map <= certificate.tolerance:
         raise PandaError(
-            f"maps differ by up to {certificate.largest_map:.1e} of their largest value, where "
+            f"maps differ by up to {certificate.largest_map:.1e} of their largest value, but only "
             f"{certificate.tolerance:g} is allowed"
         )
 

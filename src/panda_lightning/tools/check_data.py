@@ -24,15 +24,17 @@ from rich import box, get_console
 from rich.markup import escape
 from rich.table import Table
 
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
-from panda_lightning.pictures.images import Images
-from panda_lightning.pictures.reading import Facts, looks, remarks
+from panda_lightning.pictures.images import Images, looks
+from panda_lightning.pictures.looking import Facts, remarks
+from panda_lightning.pictures.shapes import shapes
+from panda_lightning.runtime.sizes import in_words
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
-HELP = "Look for what is wrong with a data set, count its images, and draw some of them."
+HELP = "Check a data set for problems, count its images, and draw some of them."
 SPLITS: tuple[Split, Split] = ("train", "test")
 LISTED = 50  # defects of a kind that are printed
 SHOWN, COLUMNS, TILE = 32, 8, 160  # of the contact sheet: images of a kind, images in a row, pixels
@@ -42,7 +44,9 @@ T = TypeVar("T")
 
 def arguments(parser: OneSentenceParser) -> None:
     """Accept the configuration files of ``lightning fit``, the data set's flags, and where the picture goes."""
-    parser.add_argument("-c", "--config", action="config", help="A file as for `lightning fit`; repeatable.")
+    parser.add_argument(
+        "-c", "--config", action="config", help="A configuration file, as for `lightning fit`; repeatable."
+    )
     parser.add_subclass_arguments(AnomalyDataModule, "data", required=True)
     parser.add_argument("-o", "--output", type=str | None, default=None, help="The contact sheet's PNG file.")
     for key in ("seed_everything", "trainer", "model", "ckpt_path"):  # in the same files, and not for us
@@ -142,11 +146,11 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
                 console.print(f"{survey.split}: {note}", soft_wrap=True, markup=False, highlight=False)
     if len(used) == 2:
         text = data.manifest()
-        rule = "the split follows a rule of ours" if data.own_split else "the split is the data set's own"
+        rule = "the split follows our own rule" if data.own_split else "the split is the data set's own"
         lines = text.count("\n") - 1
         path = sheet.with_suffix(".manifest.csv")
         with new_file(path) as part:
-            part.write_text(text)
+            part.write_text(text, "utf-8")
         console.print(f"Manifest: {escape(str(path))}, {lines} images, {rule}", highlight=False, soft_wrap=True)
         console.print(f"  sha256 {hashlib.sha256(text.encode()).hexdigest()}", highlight=False)
     if number is not None and _draw(sheet, data, surveys):
@@ -160,10 +164,10 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
 
 def _survey(data: AnomalyDataModule, split: Split, images: Images) -> Survey:
     names = data.names(images) if len(images) and isinstance(images.sources[0], Path) else _rows(len(images))
-    facts = [seen.facts for seen in looks(images, data.view, f"Looking at {split} images", extremes=True)]
+    facts = [seen.facts for seen in looks(images, data.view, f"Checking {split} images", extremes=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(_digest, images.sources))
-    problems, notes = remarks(images, facts, data.view)
+    problems, notes = remarks(images.sources, images.masks, facts, data.view)
     return Survey(split, images, names, facts, digests, [*images.problems, *problems], [*images.notes, *notes])
 
 
@@ -261,10 +265,10 @@ def _files_table(
     add("copies within the split", lambda s: str(s.readable.sum() - len(s.first)))
     if number is not None:
         add("masks", masked)
-    add("on disk", lambda s: _bytes(_disk(s)) + (" as an array" if isinstance(s.images.sources, np.ndarray) else ""))
+    add("on disk", lambda s: in_words(_disk(s)) + (" as an array" if isinstance(s.images.sources, np.ndarray) else ""))
     if used:
-        heading = f"decoded at {data.view.size} px, limit {data.memory_gb:g} GiB"
-        add(heading, lambda s: _decoded(data, len(used[s.split])) if s.split in used else "")
+        heading = f"decoded at {data.view.pixels}, limit {data.memory_gb:g} GiB"
+        add(heading, lambda s: _decoded(data, used[s.split]) if s.split in used else "")
     return table
 
 
@@ -292,20 +296,10 @@ def _disk(survey: Survey) -> int:
     return sum(path.stat().st_size for path in survey.images.sources if path.exists())
 
 
-def _decoded(data: AnomalyDataModule, count: int) -> str:
-    size = count * 3 * data.view.size**2
+def _decoded(data: AnomalyDataModule, images: Images) -> str:
+    size = 3 * int(shapes(images.sources, data.view).prod(axis=1).sum())
     fits = size <= data.memory_gb * 2**30
-    return f"{_bytes(size)} {'in memory' if fits else 'from disk'}"
-
-
-def _bytes(size: float) -> str:
-    if size < 1024:
-        return f"{size:.0f} bytes"
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} GiB"
+    return f"{in_words(size)} {'in memory' if fits else 'from disk'}"
 
 
 def _print_defects(defects: dict[str, list[str]]) -> None:
@@ -348,7 +342,7 @@ def _draw(path: Path, data: AnomalyDataModule, surveys: dict[Split, Survey]) -> 
         axes.set_title(title, loc="left", fontsize=12)
     view = data.view
     how = f"crop {view.crop}" + (f", resize {view.resize}" if view.crop == "center" else "")
-    figure.suptitle(f"{type(data).__name__} as training sees it: {view.size} px, {how}", fontsize=12, x=0.5)
+    figure.suptitle(f"{type(data).__name__} as training sees it: {view.pixels}, {how}", fontsize=12, x=0.5)
     with new_file(path) as part:
         figure.savefig(part, dpi=110, format="png")
     return True
@@ -358,10 +352,12 @@ def _draw_part(axes: Any, data: AnomalyDataModule, survey: Survey, rows: npt.NDA
     view = data.view
     for place, row in enumerate(rows):
         image = Image.fromarray(np.ascontiguousarray(view(survey.images.sources[row]).transpose(1, 2, 0)))
-        if view.size > TILE:
-            image = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
+        image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         x, y = place % COLUMNS, place // COLUMNS * 1.2
-        axes.imshow(image, extent=(x + 0.03, x + 0.97, y + 0.94, y), interpolation="antialiased")
+        wide, high = (side / max(image.size) for side in image.size)  # of the cell
+        left, top = x + 0.5 - 0.47 * wide, y + 0.47 - 0.47 * high
+        extent = (left, left + 0.94 * wide, top + 0.94 * high, top)
+        axes.imshow(image, extent=extent, interpolation="antialiased")
         name = Path(survey.names[row]).stem
         label = f"{_short(data.classes[survey.images.targets[row]])}\n{_short(name)}"
         axes.text(x + 0.5, y + 0.96, label, ha="center", va="top", fontsize=6.5, parse_math=False)

@@ -24,11 +24,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from panda_lightning.arguments import Bounds, OpenShare, Positive
-from panda_lightning.cli import VERSION, OneSentenceParser
+from panda_lightning.command.parser import VERSION, OneSentenceParser
 from panda_lightning.detectors.exported import Exported, Half, from_checkpoint, in_float32, snapshots
-from panda_lightning.pictures.images import View
 from panda_lightning.pictures.loose import Loose, pointed_at
 from panda_lightning.pictures.pixels import Source
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.whole import new_folder, require_new
 from panda_lightning.tools.certificate import (
     Array,
@@ -43,7 +43,7 @@ from panda_lightning.tools.certificate import (
 )
 from panda_lightning.types import PandaError
 
-HELP = "Write a detector to one ONNX or torch.export file that is proven to give the same scores."
+HELP = "Export a detector to one ONNX or torch.export file, and check that it gives the same scores."
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 LARGEST = 2**31 - 2**20  # bytes of an ONNX file in one piece
 STEP = 16  # pictures that are compared at a time
@@ -55,12 +55,17 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--ckpt_path", type=Path, required=True, help="The checkpoint of a detector.")
     add("-o", "--output", type=Path | None, default=None, help="The file; by default detector.onnx or detector.pt2.")
     add("--format", type=Literal["onnx", "torch"], default="onnx", help="onnx, or torch: a program of torch.export.")
-    add("--verify", type=str | None, default=None, help="Pictures to compare with, outside the bank: a folder.")
-    add("--half", type=bool, default=False, help="Keep weights and bank in float16: half the size, other digits.")
-    add("--tolerance", type=Positive | None, default=None, help="Of scores; by default 1e-4, or 5e-2 with --half.")
-    add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if it is possible.")
-    add("--input", type=Literal["any", "final"], default="any", help="Pictures of any size, or resized by the caller.")
-    add("--opset", type=Annotated[int, Bounds(18)] | None, default=None, help="Of ONNX; by default torch's.")
+    add("--verify", type=str | None, default=None, help="Folder of pictures to compare scores on, not from the bank.")
+    add("--half", type=bool, default=False, help="Store weights and bank in float16: half the size, less exact.")
+    add("--tolerance", type=Positive | None, default=None, help="For scores; by default 1e-4, or 5e-2 with --half.")
+    add("--alpha", type=OpenShare | None, default=None, help="Level of the decision; by default .05 if possible.")
+    add(
+        "--input",
+        type=Literal["any", "final"],
+        default="any",
+        help="any: pictures of any size; final: resized by the caller.",
+    )
+    add("--opset", type=Annotated[int, Bounds(18)] | None, default=None, help="ONNX opset; by default torch's.")
 
 
 def run(config: Namespace) -> int:
@@ -68,7 +73,9 @@ def run(config: Namespace) -> int:
     ending = ".onnx" if config.format == "onnx" else ".pt2"
     output = config.output or Path(f"detector{ending}")
     if output.suffix != ending:
-        raise PandaError(f"--output={output} is to be a file for {config.format}: let its name end in {ending}.")
+        raise PandaError(
+            f"--output={output} is not a name for --format {config.format}: choose a name that ends in {ending}."
+        )
     require_new(output, _beside(output))
     if config.format == "onnx":
         _require_packages()
@@ -124,7 +131,9 @@ def export(
         try:
             _certify(proof, part, whole, checkpoint, pictures)
         except PandaError as error:
-            raise PandaError(f"{output} is not kept, for it does not give the detector's scores: {error}.") from error
+            raise PandaError(
+                f"{output} is not kept, because it does not give the detector's scores: {error}."
+            ) from error
         _append(part, proof)
         require_new(output, _beside(output))  # once more: work takes time
         for path in (_beside(part), part):
@@ -153,11 +162,11 @@ def write(program: Any, whole: Exported, path: Path, size: int, opset: int | Non
 
 def _traced(module: nn.Module, whole: Exported) -> Any:
     """The program of a module for any number of pictures, and where it resizes them, of any size."""
-    dim, side = torch.export.Dim, 64 if whole.view is not None else whole.side
+    dim, sides = torch.export.Dim, (64, 96) if whole.view is not None else whole.sides
     shapes: dict[int, Any] = {0: dim("batch", min=1, max=2**16)}
     if whole.view is not None:
         shapes |= {2: dim("height", min=1, max=2**16), 3: dim("width", min=1, max=2**16)}
-    example = torch.zeros(2, 3, side, side + (32 if whole.view is not None else 0), dtype=torch.uint8)
+    example = torch.zeros(2, 3, *sides, dtype=torch.uint8)
     with torch.no_grad(), _quiet():
         return torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
 
@@ -217,7 +226,7 @@ class Reference:
         found = self.detector.score(sources)
         scores: dict[str, Array] = {"score": found.score}
         if found.maps is not None:
-            scores["map"] = found.maps
+            scores["map"] = np.asarray(found.maps)
         if self.ses is not None:
             batch: Any = {"image": torch.from_numpy(np.stack([self.view(source) for source in sources]))}
             scores["ses_score"] = self.ses.scores(self.detector, batch).double().numpy()
@@ -248,8 +257,8 @@ def _require_packages() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise PandaError(
-            f"ONNX files are written and proven with {', '.join(missing)}, not installed here: "
-            "`pip install 'panda-lightning[export]'`, or choose --format torch."
+            f"ONNX files are written and checked with {', '.join(missing)}, not installed here: `pip install "
+            "'panda-lightning[export]'`, or choose --format torch."
         )
 
 
@@ -267,7 +276,7 @@ def _require_opset(opset: int | None) -> None:
         onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     except Exception as error:  # it has errors of its own
         raise PandaError(
-            f"--opset={opset} is beyond what onnxruntime {onnxruntime.__version__} runs: choose a smaller one."
+            f"--opset={opset} is too new for onnxruntime {onnxruntime.__version__}: choose a smaller one."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """``panda fisher --backbone NAME --data FOLDER -o FILE``: the Fisher diagonal of any timm model, for EWC."""
 
 import re
-import resource
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,13 +15,14 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from panda_lightning.arguments import Bounds, Count, Seed
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.formulas import fisher
-from panda_lightning.networks.backbones import Backbone
-from panda_lightning.pictures.images import Images, View
+from panda_lightning.networks.backbones import Backbone, Pool
+from panda_lightning.pictures.images import ImageDataset, Images, as_is, decoded
 from panda_lightning.pictures.layout import images_below
-from panda_lightning.pictures.reading import ImageDataset, as_is, decoded
+from panda_lightning.pictures.view import View
 from panda_lightning.runtime.fingerprint import fingerprint
+from panda_lightning.runtime.systems import peak_memory
 from panda_lightning.types import Batch, PandaError
 
 HELP = "Estimate the Fisher-information diagonal of a network's pretraining task, which weights EWC."
@@ -34,23 +34,30 @@ def arguments(parser: OneSentenceParser) -> None:
     add = parser.add_argument
     add("--backbone", type=str, required=True, help="As model.backbone: a timm name, local-dir:FOLDER, panda_tiny, ...")
     add("--weights", type=str | None, default=None, help="As model.weights: a file with other weights.")
-    add("--adapt_stages", type=Count, default=2, help="The last stages that EWC will guard.")
-    add("--data", type=str, required=True, help="A folder of images: FOLDER/<class>/..., or without labels any.")
+    add("--adapt_stages", type=Count, default=2, help="Number of last stages that EWC will protect.")
+    add("--pool", type=Pool | None, default=None, help="As model.pool; used only for --labels features.")
+    add(
+        "--data",
+        type=str,
+        required=True,
+        help="A folder of images: FOLDER/<class>/..., or any layout if no labels are needed.",
+    )
     add(
         "--labels",
-        type=Literal["true", "sampled"],
-        default="sampled",
-        help="true: folders are named as the head's classes (ImageNet synsets or names); sampled: by the model itself.",
+        type=Literal["true", "sampled", "features"] | None,
+        default=None,
+        help="true: folder names are class names of the head (ImageNet synsets or names); sampled: drawn from the "
+        "model's predictions, the default; features: no labels, the default for a network without a classifier.",
     )
-    add("--samples", type=Count | None, default=None, help="So many images, evenly spaced over the sorted files.")
+    add("--samples", type=Count | None, default=None, help="Number of images, evenly spaced over the sorted files.")
     add("--per-sample", action="store_true", help="Square each image's gradient (the default).")
     several = Annotated[int, Bounds(2)] | None
-    add("--batch", type=several, default=None, help="Square the gradients of means over so many images instead.")
-    add("--image_size", type=Count | None, default=None, help="Pixels; by default as in pretraining.")
+    add("--batch", type=several, default=None, help="Square the gradient of the mean over this many images instead.")
+    add("--image_size", type=Count | None, default=None, help="Image size in pixels; by default as in pretraining.")
     add("--crop", type=Literal["center", "squash"], default="center", help="As data.crop.")
     add("--half", action="store_true", help="Write float16.")
-    add("--seed", type=Seed, default=0, help="Of sampled labels, and of the images' order for --batch.")
-    add("--memory_mb", type=Count, default=1024, help="Memory of the gradients of one chunk of images, in MiB.")
+    add("--seed", type=Seed, default=0, help="Seed of the sampled labels, and of the image order for --batch.")
+    add("--memory_mb", type=Count, default=1024, help="Memory for the gradients of one chunk of images, in MiB.")
     add("--accelerator", type=str, default="auto", help="As trainer.accelerator.")
     add("--devices", type=Count, default=1, help="As trainer.devices.")
     add("-o", "--output", type=Path, required=True, help="The safetensors file.")
@@ -60,11 +67,13 @@ def run(config: Namespace) -> int:
     """Estimate, save, and print the file's header."""
     if config.per_sample and config.batch is not None:
         raise PandaError(f"--per-sample and --batch {config.batch} are two estimators: choose one.")
-    backbone = Backbone.pretrained(config.backbone, config.weights, config.adapt_stages)
-    fisher.require_classifier(backbone)
-    files, labels = find(Path(config.data), backbone, config.labels == "true", config.samples)
+    backbone = Backbone.pretrained(config.backbone, config.weights, config.adapt_stages, pool=config.pool)
+    labels_of = config.labels or ("sampled" if backbone.num_classes else "features")
+    if labels_of != "features":
+        fisher.require_classifier(backbone)
+    files, labels = find(Path(config.data), backbone, labels_of == "true", config.samples)
     if config.batch is not None and len(files) < config.batch:
-        raise PandaError(f"--batch {config.batch} needs so many images, and there are {len(files)}.")
+        raise PandaError(f"--batch {config.batch} needs {config.batch} or more images, but there are {len(files)}.")
     size = config.image_size or int(backbone.config["pretrained_cfg"]["input_size"][-1])
     view = View(size, config.crop, round(size / 0.875), backbone.interpolation, None)
     in_memory = len(files) * 3 * size**2 < 4 * 2**30
@@ -75,7 +84,11 @@ def run(config: Namespace) -> int:
         "backbone": config.backbone if config.weights is None else f"{config.backbone} {config.weights}",
         "architecture": backbone.architecture,
         "weights": fisher.weights_name(backbone),
-        "estimator": "true labels" if config.labels == "true" else f"labels drawn from the softmax, seed {config.seed}",
+        "estimator": {
+            "true": "true labels",
+            "sampled": f"labels drawn from the softmax, seed {config.seed}",
+            "features": f"features, seed {config.seed}" + (f", pool {config.pool}" if config.pool else ""),
+        }[labels_of],
         "convention": convention + (f", order seed {config.seed}" if config.batch else ""),
         "samples": str(len(files)),
         "adapt_stages": str(config.adapt_stages),
@@ -96,13 +109,14 @@ def run(config: Namespace) -> int:
     work = FisherRun(backbone, dataset, metadata, config)
     trainer.test(work, verbose=False)
     if trainer.is_global_zero:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_memory()
+        memory = f", at most {peak / 2**30:.1f} GiB" if peak else ""
         seconds = time.perf_counter() - start
         console = get_console()
         console.print(f"{config.output} ({config.output.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
         for key, value in sorted(fisher.header(config.output).items()):
             console.print(f"  {key}: {value}", soft_wrap=True, highlight=False)
-        console.print(f"{len(files)} images ({work.found} of them earlier) in {seconds:.0f} s, at most {peak:.1f} GiB")
+        console.print(f"{len(files)} images ({work.found} of them from an earlier run) in {seconds:.0f} s{memory}")
     return 0
 
 
@@ -120,6 +134,7 @@ class FisherRun(pl.LightningModule):
         super().__init__()
         self.backbone, self.dataset, self.metadata, self.config = backbone, dataset, metadata, config
         self.part = config.output.with_name(f"{config.output.name}.part.safetensors")
+        self.of: fisher.Likelihood = "features" if metadata["estimator"].startswith("features") else "labels"
         self.rows = config.batch or 32  # of a block; blocks, not images, are dealt to the processes
         order = torch.arange(len(dataset))
         if config.batch:  # neighbours are of one class: shuffled, for a batch that is like those of pretraining
@@ -140,13 +155,13 @@ class FisherRun(pl.LightningModule):
     @override
     def on_test_start(self) -> None:
         self.estimator = fisher.Estimator(
-            self.backbone, self.config.batch or 1, self.config.memory_mb, self.config.seed
+            self.backbone, self.config.batch or 1, self.config.memory_mb, self.config.seed, self.of
         )
         if self.done and self.trainer.is_global_zero:
-            earlier = load_file(self.part, device=str(self.device))
+            earlier = load_file(self.part)
             self.estimator.count += earlier.pop("count")
             for name, value in earlier.items():
-                self.estimator.total[name] += value
+                self.estimator.total[name] += value.to(self.device)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -176,7 +191,7 @@ def find(folder: Path, backbone: Backbone, true_labels: bool, samples: int | Non
     """
     files = images_below(folder) if folder.is_dir() else []
     if not files:
-        raise PandaError(f"--data {folder} holds no images: name a folder of images.")
+        raise PandaError(f"--data {folder} has no images: give a folder of images.")
     if samples is not None and samples < len(files):
         files = [files[i] for i in np.linspace(0, len(files) - 1, samples).round().astype(int)]
     if not true_labels:
@@ -187,8 +202,8 @@ def find(folder: Path, backbone: Backbone, true_labels: bool, samples: int | Non
     if unknown:
         example = ", ".join(list(known)[:3])
         raise PandaError(
-            f"--labels true: {len(unknown)} folders such as {', '.join(unknown[:3])} are named as no class of "
-            f"{backbone.architecture} ({example}, ...): rename them, or use --labels sampled."
+            f"--labels true: {len(unknown)} folders such as {', '.join(unknown[:3])} do not have the name of a "
+            f"class of {backbone.architecture} ({example}, ...): rename them, or use --labels sampled."
         )
     return files, np.array([known[_plain(name)] for name in names], dtype=np.int64)
 

@@ -15,7 +15,7 @@ from rich import get_console
 from rich.progress import track
 
 from panda_lightning.arguments import Count, Number, require
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.datamodules.base import Rule
 from panda_lightning.pictures.pixels import read_rgb
 from panda_lightning.runtime.whole import new_file
@@ -28,11 +28,11 @@ PAGE = Path(__file__).with_suffix(".html")
 def arguments(parser: OneSentenceParser) -> None:
     """Accept the table of `lightning predict`, and what to show of it."""
     add = parser.add_argument
-    add("table", type=Path, help="A predictions.jsonl; the folder maps beside it is used, if it is there.")
-    add("-o", "--output", type=Path | None, default=None, help="The page; by default gallery.html beside the table.")
-    add("--limit", type=Count, default=5000, help="Show so many images, those with the highest scores.")
+    add("table", type=Path, help="A predictions.jsonl; the folder maps next to it is used if it exists.")
+    add("-o", "--output", type=Path | None, default=None, help="The page; by default gallery.html next to the table.")
+    add("--limit", type=Count, default=5000, help="Number of images to show, those with the highest scores.")
     add("--size", type=Count, default=128, help="Side of the pictures, in pixels.")
-    add("--neighbours", type=Number, default=3, help="Nearest normal images to show with each.")
+    add("--neighbours", type=Number, default=3, help="Nearest normal images to show with each image.")
     add("--intensity", type=str, default="auto", help="As data.intensity.")
 
 
@@ -72,7 +72,7 @@ def gallery(
             row |= {"path": str(row["path"]), "unreadable": row["unreadable"], "score": _finite(row["score"])}
         rows.sort(key=lambda row: -np.inf if row["score"] is None else row["score"], reverse=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PandaError(f"{table} is no predictions.jsonl of `lightning predict` ({error}).") from error
+        raise PandaError(f"{table} is not a predictions.jsonl of `lightning predict` ({error}).") from error
     total, rows = len(rows), rows[:limit]
     for row in rows:
         row["neighbours"] = row.get("neighbours", [])[:neighbours]
@@ -82,7 +82,7 @@ def gallery(
     shown = dict(_pictures(sorted(paths), size, intensity))
     if paths and not shown:
         raise PandaError(
-            f"none of the pictures can be read, such as {min(paths)}: paths are as `predict` was given them, "
+            f"none of the pictures can be read, such as {min(paths)}: paths are as they were given to `predict`, "
             "so run this in the same folder."
         )
     content = json.dumps({"rows": rows, "pictures": shown, "total": total, "name": str(table)})

@@ -22,10 +22,11 @@ from rich.progress import track
 from rich.table import Table
 
 from panda_lightning.arguments import Count, Share
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.outliers import near_copies
 from panda_lightning.detectors import DN2
+from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.types import PandaError
 
@@ -37,13 +38,19 @@ BLANK, DARK, BLURRED = 4.0, 24.0, 0.25  # spread and mean of grey values; sharpn
 def arguments(parser: OneSentenceParser) -> None:
     """Accept the configuration files of ``lightning fit``, the data set's flags, and the network."""
     add = parser.add_argument
-    add("-c", "--config", action="config", help="A file as for `lightning fit`; repeatable.")
+    add("-c", "--config", action="config", help="A configuration file, as for `lightning fit`; repeatable.")
     parser.add_subclass_arguments(AnomalyDataModule, "data", required=True)
     add("--backbone", type=str | None, default=None, help="As model.backbone, by default that of the configuration.")
-    add("--k", type=Count, default=5, help="Neighbours: more than there may be bad images of one kind.")
+    add("--k", type=Count, default=5, help="Neighbours: choose more than the number of bad images of one kind.")
     add("--accelerator", type=Literal["cpu", "cuda"], default="cpu", help="Where the network runs: cpu or cuda.")
-    add("--share", type=Share, default=0.05, help="Share of the images to list, beside those with remarks or copies.")
-    add("-o", "--output", type=Path | None, default=None, help="The table; a .jsonl for the gallery comes beside it.")
+    add("--share", type=Share, default=0.05, help="Share of the images to list, besides those with remarks or copies.")
+    add(
+        "-o",
+        "--output",
+        type=Path | None,
+        default=None,
+        help="The table; a .jsonl for the gallery is written next to it.",
+    )
     for key in ("seed_everything", "trainer", "model", "ckpt_path"):  # in the same files
         add(f"--{key}", default=None, help=SUPPRESS)
 
@@ -55,7 +62,7 @@ def run(config: Namespace) -> int:
     backbone = config.backbone or (model.get("init_args") or {}).get("backbone") or "panda_tiny"
     output = config.output or Path(f"suspects-{name}.csv")
     if output.suffix != ".csv":
-        raise PandaError(f"--output={output} is a table: let its name end in .csv.")
+        raise PandaError(f"--output={output} is not a name for a CSV table: choose a name that ends in .csv.")
     rows = suspects(config.data, backbone, config.k, config.accelerator)
     listed = [row for row in rows if row["p_value"] <= config.share or row["copies"] or row["remarks"]]
     write(listed, output)
@@ -87,20 +94,20 @@ def suspects(data: AnomalyDataModule, backbone: str, k: int, device: str = "cpu"
         data.interpolation = detector.interpolation  # type: ignore[assignment]  # one of the two that there are
     images = data.normal_images
     if k >= len(images):
-        raise PandaError(f"k={k} neighbours of an image need {k + 1} images or more, and there are {len(images)}.")
-    loader, features, looks = data.normal_dataloader(), [], []
+        raise PandaError(f"k={k} neighbours of an image need {k + 1} images or more, but there are {len(images)}.")
+    loader, parts = data.normal_dataloader(), []
     with torch.inference_mode():
         for batch in track(loader, "Normal images", transient=True):
-            looks.append(_look(batch["image"].numpy()))
-            features.append(detector.backbone(batch["image"].to(device)).float())
-        detector.bank = torch.cat(features)
+            features = detector.backbone(batch["image"].to(device)).float()
+            parts.append((batch["index"].to(device), features, torch.from_numpy(_look(batch["image"].numpy()))))
+        _, detector.bank, looks = gather(parts)
         detector.fit_index()
-        score = detector.without_itself().double().cpu().numpy()
+        score = detector.without_itself().cpu().double().numpy()
         distance, near = detector.index.search(detector.scoring_space(detector.bank), k + 1)
     shown: Any = loader.dataset
     paths, names = shown.images.paths(), data.names(shown.images)
     copies = _copies(data, shown.images, names)
-    remarks = _remarks(np.concatenate(looks))
+    remarks = _remarks(looks.numpy())
     rows = []
     for i in np.argsort(-score, kind="stable").tolist():
         others = [(int(j), float(d)) for j, d in zip(near[i], distance[i], strict=True) if int(j) != i][:k]
@@ -132,7 +139,7 @@ def _copies(data: AnomalyDataModule, images: Any, names: list[str]) -> dict[int,
 
 
 def _look(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Mean, spread and sharpness of the grey values of images (B, 3, S, S): (B, 3)."""
+    """Mean, spread and sharpness of the grey values of images (B, 3, H, W): (B, 3)."""
     grey = images.mean(axis=1)
     laplacian = (
         4 * grey[:, 1:-1, 1:-1] - grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
@@ -152,7 +159,7 @@ def _remarks(looks: npt.NDArray[np.float64]) -> list[str]:
 
 def write(rows: list[dict[str, Any]], output: Path) -> None:
     """Write the table, and the same for `panda gallery`."""
-    with new_file(output) as part, part.open("w", newline="") as file:
+    with new_file(output) as part, part.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(("path", "score", "p_value", "nearest", "distance", "copies", "remarks"))
         for row in rows:
@@ -160,7 +167,7 @@ def write(rows: list[dict[str, Any]], output: Path) -> None:
             cells = (nearest["path"], nearest["distance"], "; ".join(row["copies"]), row["remarks"])
             table.writerow((row["path"], row["score"], row["p_value"], *cells))
     with new_file(output.with_suffix(".jsonl")) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def _print(
@@ -180,7 +187,7 @@ def _print(
     lines = [
         f"{len(rows)} images: {', '.join(odd)}, {copied} with copies.",
         f"{len(listed)} are listed in {output}; look at them with: panda gallery {output.with_suffix('.jsonl')}",
-        f"Take the good ones out of the table: --data.leave_out={output} then leaves the others out of training.",
+        f"Remove the good images from the table: --data.leave_out={output} then leaves the others out of training.",
     ]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from panda_lightning.arguments import subclasses
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.formulas import uncertainty
 from panda_lightning.runtime.whole import new_file
 from panda_lightning.tables import formats
@@ -49,17 +49,22 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--study", action="config", help="A YAML file with any of these options; the command line overrides it.")
     add("--config", type=Listed, default="", help="Configuration files of `lightning`, separated by commas.")
     add("--methods", type=Listed | dict[str, str], default="dn2",
-        help="Variants (files in `variants` beside the first configuration) or other files, separated by commas, each "
-        "with further words if need be: 'dn2,dn2 --model.k=1'. In a study a mapping gives them names.")  # fmt: skip
+        help="Variants (files in `variants` next to the first configuration) or other files, separated by commas, each "
+        "with its own options if needed: 'dn2,dn2 --model.k=1'. In a study a mapping gives them names.")  # fmt: skip
     add("--classes", type=Listed | None, default=None, help="Normal classes; by default all classes of the data set.")
     add("--seeds", type=Listed, default="0", help="Seeds: each method runs on each class with each seed.")
     add("--shots", type=Listed | None, default=None, help="Numbers of training images, such as 1,4,16; by default all.")
-    add("--words", type=str, default="", help="Words of `lightning` for all methods; a method's own override them.")
-    add("--folder", type=Path | None, default=None, help="Where everything goes; by default tables/<data set>.")
-    add("--loggers", type=Listed, default="", help="Beside CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
-    add("--shard", type=str | None, default=None, help="Run the i-th of n parts only: i/n.")
-    add("--again", type=bool, default=False, help="Run rows again that have failed.")
-    add("--run", type=bool, default=True, help="With false, run nothing: write the table of the rows that are there.")
+    add(
+        "--words",
+        type=str,
+        default="",
+        help="Options of `lightning` for all methods; a method's own options override them.",
+    )
+    add("--folder", type=Path | None, default=None, help="Folder for all files; by default tables/<data set>.")
+    add("--loggers", type=Listed, default="", help="Besides CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
+    add("--shard", type=str | None, default=None, help="Run only the i-th of n parts: i/n.")
+    add("--again", type=bool, default=False, help="Run failed rows again.")
+    add("--run", type=bool, default=True, help="false: run nothing, and write the table of the finished rows.")
     add("--merge", type=Listed, default="", help="Copy the rows of these folders into --folder, and run nothing.")
 
 
@@ -67,13 +72,13 @@ def run(config: Namespace) -> int:
     """Run what is missing, and write the table of what there is."""
     if config.merge:
         if config.folder is None:
-            raise PandaError("--merge needs --folder, where the rows of the others go.")
+            raise PandaError("--merge needs --folder, to which the rows are copied.")
         merge(_listed(config.merge), config.folder)
         return _written(Rows(config.folder), None, config)
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "LOCAL_RANK" in os.environ:
         raise PandaError(
-            "a table is one process, and starts those of --trainer.devices itself: start it without torchrun, and with "
-            "srun --ntasks 1."
+            "`panda table` is one process, and starts those of --trainer.devices itself: start it without "
+            "torchrun, and with srun --ntasks 1."
         )
     plan = plan_of(config)
     rows = Rows(config.folder or Path("tables") / plan[0].data.lower(), _loggers(config.loggers))
@@ -107,7 +112,7 @@ def _loggers(given: Any) -> list[str]:
     known = sorted(cls.__name__ for cls in subclasses(Logger) if not isabstract(cls))
     for name in named:
         if name not in known:
-            raise PandaError(f"--loggers={name} is no logger: choose from {', '.join(known)}.")
+            raise PandaError(f"--loggers={name} is not a logger: choose from {', '.join(known)}.")
         if name in PACKAGES and not any(map(find_spec, PACKAGES[name])):
             package = PACKAGES[name][0]
             raise PandaError(f"{name} needs the package {package}: `pip install {package}`, or leave it out.")
@@ -119,7 +124,7 @@ def _numbers(name: str, given: Any, least: int) -> list[int]:
     if min(found, default=-1) < least:
         example = "0,1,2" if not least else "1,4,16"
         raise PandaError(
-            f"--{name}={given} are not whole numbers from {least} on with commas between, such as {example}."
+            f"--{name}={given} are not whole numbers of at least {least}, separated by commas, such as {example}."
         )
     return found
 
@@ -212,12 +217,12 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool) -> None:
                     console.print(line, soft_wrap=True, markup=False, highlight=False)
     except (KeyboardInterrupt, SystemExit) as end_of_it:
         done = sum(rows.path(row).is_file() for row in plan)
-        console.print(f"Stopped with {done} of {len(plan)} rows: the same command goes on from here.", soft_wrap=True)
+        console.print(f"Stopped with {done} of {len(plan)} rows: run the same command to continue.", soft_wrap=True)
         code = getattr(end_of_it, "code", 1)
         raise SystemExit(130 if code == 1 else code) from end_of_it  # Lightning ends with 1 at Ctrl-C
     missing = sum(not rows.path(row).is_file() for row in plan)
     if missing:
-        console.print(f"Another process is making {missing} of these rows: --run false then writes the whole table.")
+        console.print(f"Another process is running {missing} of these rows: --run false then writes the whole table.")
 
 
 def _left(seconds: float, unknown: Sequence[str]) -> str:
@@ -277,8 +282,8 @@ def _require_one_setting(found: Sequence[Found]) -> None:
         if other.settings != one.row.settings:
             raise PandaError(
                 f"{one.row.column} was run on {one.row.data} with two settings (`{other.command}` and "
-                f"`{one.row.command}`, or files that changed in between): keep them in folders apart, or give one of "
-                "them another name."
+                f"`{one.row.command}`, or files that changed in between): keep them in separate folders, or give "
+                "one of them another name."
             )
 
 

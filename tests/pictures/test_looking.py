@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from panda_lightning import CatsVsDogs, ImageFolder, PandaError
-from panda_lightning.pictures.images import Images, View
-from panda_lightning.pictures.reading import looks, remarks
+from panda_lightning.pictures.images import Images, looks
+from panda_lightning.pictures.looking import remarks
+from panda_lightning.pictures.view import View
 from tests.conftest import picture
 from tests.pictures.files import png16, with_orientation
 
@@ -17,7 +18,7 @@ CENTRE = View(28, "center", 32, "bilinear")
 def said(paths, view, masks=None):
     """Problems and notes of some files."""
     images = Images(list(paths), np.zeros(len(paths), dtype=np.int64), masks)
-    return remarks(images, [seen.facts for seen in looks(images, view, "")], view)
+    return remarks(images.sources, images.masks, [seen.facts for seen in looks(images, view, "")], view)
 
 
 def folder_of(tmp_path: Path, values: np.ndarray, count: int = 3) -> list[Path]:
@@ -64,7 +65,7 @@ def test_turned_images_are_counted(tmp_path):
     files = [with_orientation(tmp_path / f"{n}.jpg", upright, n) for n in (1, 6, 8)]
     problems, (note,) = said(files, SQUASH)
     assert not problems
-    assert note.startswith("2 of 3 images are turned as their EXIF orientation says (")
+    assert note.startswith("2 of 3 images are rotated as their EXIF orientation says (")
     assert [name in note for name in ("/1.jpg", "/6.jpg", "/8.jpg")] == [False, True, True]
 
 
@@ -77,7 +78,7 @@ def test_what_the_centre_crop_leaves_out_is_said(tmp_path):
     assert problems == []
     assert notes == [
         "the centre crop leaves out 56% of the images' longer side, and 85% of the anomalous pixels; data.crop=squash "
-        "keeps all of it."
+        "keeps everything."
     ]
     mask[:, 33:] = 0
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -103,7 +104,7 @@ def test_masks_that_look_wrong_are_said(tmp_path):
     problems, notes = of("empty", "other", "small", "large", "small")
     assert len(problems) == 2
     assert problems[0].startswith("1 of 5 masks show no anomalous pixel (")
-    assert problems[1].startswith("1 of 5 masks have other sides than their images and are stretched (")
+    assert problems[1].startswith("1 of 5 masks do not have the size of their images and are stretched (")
     assert [note.split(" (")[0] for note in notes] == ["1 of 5 masks cover more than half of their image"]
     problems, _ = of("large", "large", "small")
     assert "2 of 3 masks cover more than half of their image; if they are inverted, set data.mask_values" in problems[0]
@@ -115,29 +116,6 @@ def test_an_unreadable_mask_is_named_with_its_reason(tmp_path, folder):
     data = ImageFolder(root=str(folder), normal_class="spot", image_size=32)
     with pytest.raises(PandaError, match=r"stripe/000.png \(its mask 000_mask.png: not an image\)"):
         next(iter(data.test_dataloader()))
-
-
-@pytest.mark.parametrize("crop", ["center", "squash"])
-@pytest.mark.parametrize("size", [(1, 900), (900, 1), (1, 1), (3, 20000)])
-def test_narrow_images(tmp_path, size, crop):
-    Image.linear_gradient("L").resize(size).save(tmp_path / "a.png")
-    pixels = View(224, crop, 256, "bilinear")(tmp_path / "a.png")
-    assert pixels.shape == (3, 224, 224)
-    assert abs(float(pixels.mean()) - 127.5) < 3
-
-
-def test_facts_are_the_same_from_memory_and_from_disk(tmp_path, folder):
-    make = {"root": str(folder), "normal_class": "spot", "image_size": 32}
-    (folder / "ground_truth/stripe").mkdir(parents=True)
-    for number in range(5):
-        mask = np.zeros((40, 40), np.uint8)
-        mask[: 4 + number] = 1
-        Image.fromarray(mask).save(folder / f"ground_truth/stripe/{number:03d}.png")
-    memory, disk = (next(iter(ImageFolder(memory_gb=gb, **make).test_dataloader())) for gb in (4, 0))
-    assert memory.keys() == disk.keys() == {"image", "label", "index", "mask", "has_mask"}
-    for name in memory:
-        assert memory[name].equal(disk[name])
-    assert memory["has_mask"].tolist() == [True] * 12 + [False]
 
 
 def test_published_sets_keep_their_crop():

@@ -1,0 +1,132 @@
+"""Arguments as commands read them: help that comes to the point, and errors of one sentence."""
+
+import re
+import sys
+import textwrap
+from importlib.metadata import version
+from inspect import isabstract, signature
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import DefaultHelpFormatter
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
+from typing_extensions import override
+
+from panda_lightning.arguments import require, subclasses
+from panda_lightning.callbacks import Predictions
+from panda_lightning.command.words import at_home
+from panda_lightning.datamodules import AnomalyDataModule
+from panda_lightning.detectors import Detector
+
+VERSION = f"{version('panda-lightning')} (panda-lightning)"
+ABOUT = "PANDA and its family: image anomaly detection with adapted pretrained features."
+EXAMPLE = r"""
+  lightning fit --data ImageFolder --data.root data/bottles \
+      --model PANDA --model.backbone panda_tiny --trainer.max_epochs 9
+
+`lightning fit --model.help PANDA` lists the arguments of a class.
+"""
+OPTIONS = tuple(signature(Predictions).parameters)  # of predict alone
+# What a configuration file of `lightning` may hold, whatever the verb that wrote it.
+KEYS = {"seed_everything", "trainer", "model", "data", *OPTIONS}.union(
+    *(set(signature(getattr(pl.Trainer, verb)).parameters) - skip for verb, skip in LightningCLI.subcommands().items())
+)
+
+
+class Paragraphs(DefaultHelpFormatter):
+    """Help whose descriptions keep their lines."""
+
+    @override
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = (textwrap.fill(line, width - len(indent)) for line in text.splitlines())
+        return textwrap.indent("\n".join(lines), indent)
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """Says what is wrong with an argument without pages of usage and inner types around it."""
+
+    NOISE = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Expected a <class 'NoneType'>",
+        "Given value type",
+        "Expected a path",
+    )
+
+    @override
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the type, whose bounds are checked by ``require_bounds``."""
+        action = super().add_argument(*args, **kwargs)
+        if "type" in kwargs:
+            vars(self).setdefault("declared", {})[action.dest] = kwargs["type"]
+        return action
+
+    def require_bounds(self, config: Any) -> None:
+        """Refuse values that the types of ``add_argument`` do not allow."""
+        for name, hint in vars(self).get("declared", {}).items():
+            require(f"--{name}", config[name], hint)
+
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, with the home folder for ``~`` in whatever a file or a flag says."""
+        try:
+            return at_home(super().parse_args(*args, **kwargs))
+        except UnicodeDecodeError as error:
+            self.error(f"a configuration file is not text ({error})")
+
+    @override
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """Read a configuration file without what other verbs alone know: a run's own then serves them all."""
+        config = super().parse_string(*args, **kwargs)
+        known = {action.dest for action in self._actions}
+        for key in KEYS - known if KEYS & known else ():
+            config.pop(key, None)
+        return config
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip(" -") for line in message.splitlines()]
+        sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
+        for theirs, ours in (
+            ("Expected a typing.Literal", "expected one of "),
+            ("Parser key ", ""),
+            (" Given value: ", ". Got value: "),
+        ):
+            sentence = sentence.replace(theirs, ours)
+        sentence = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", sentence)
+        sentence = re.sub(
+            r"expected int,? Expected a tuple with (\d) elements", r"expected int, or a list of \1", sentence
+        )
+        if "is not accepted" in sentence:  # this parser is then that of the class itself
+            accepted = ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
+            first = "Put --config FILE, or --data CLASS and --model CLASS, before it"
+            sentence += f". Accepted are {accepted}" if accepted else f". {first}"
+        if "dot import path" in sentence:
+            kinds: dict[str, type[Any]] = {"detectors": Detector, "data sets": AnomalyDataModule}
+            if '"trainer.' in sentence:
+                kinds = {"loggers": Logger, "callbacks": pl.Callback}
+            sentence += ". Available are the " + " and the ".join(
+                f"{kind} {names(base)}" for kind, base in kinds.items()
+            )
+        sys.stderr.write(f"error: {sentence.rstrip('.')}. `--help` and `--print_config` show what is accepted.\n")
+        self.exit(2)
+
+
+def helpful(description: str) -> dict[str, Any]:
+    """Settings of the parser of `lightning`, or of a verb: which classes there are, and an example, come first.
+
+    Args:
+        description: Lightning's, which begins with what a verb does; the usage of a verb would be two pages of flags.
+    """
+    verb = description.split(". ")[0].rstrip(".")
+    usage = "%(prog)s [--config FILE] [--KEY VALUE ...]" if verb else None
+    there = f"Detectors: {names(Detector)}.\nData sets: {names(AnomalyDataModule)}.\n{EXAMPLE}"
+    said = f"{verb + '.' if verb else ABOUT}\n\n{there}"
+    return {"prog": "lightning", "formatter_class": Paragraphs, "usage": usage, "description": said}
+
+
+def names(base: type[Any]) -> str:
+    """The classes below this one that can be chosen."""
+    return ", ".join(sorted(cls.__name__ for cls in subclasses(base) if not isabstract(cls)))

@@ -1,0 +1,55 @@
+import pytest
+
+from panda_lightning import DN2, PANDA, PandaError
+from tests.detectors.test_base import ADAPT, digits, fitted, scored
+from tests.detectors.test_panda import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_trainer_is_for_one_fit(tmp_path):
+    detector = PANDA("panda_tiny", **ADAPT)
+    runner = fitted(tmp_path, detector, digits())
+    runner.fit_loop.max_epochs = 2
+    for again in (detector, PANDA("panda_tiny", **ADAPT)):  # Lightning would go on with new optimisers
+        with pytest.raises(
+            PandaError, match="this Trainer has already made 1 steps: make a new one, and give ckpt_path"
+        ):
+            runner.fit(again, digits())
+
+
+def test_another_number_of_steps_is_no_place_to_go_on(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(batch_size=5)).save_checkpoint(path)
+    runner = trainer(tmp_path, 2, accumulate_grad_batches=2)
+    with pytest.raises(PandaError, match="an epoch has 2 steps here, but 4 in the run to resume"):
+        runner.fit(PANDA("panda_tiny", **ADAPT), digits(batch_size=5), ckpt_path=path)
+
+
+def test_what_a_test_saved_is_no_run_to_go_on_with(tmp_path):
+    detector, runner = PANDA("panda_tiny", **ADAPT), trainer(tmp_path)
+    fitted(tmp_path, detector, digits())
+    runner.test(detector, digits(), verbose=False)
+    runner.save_checkpoint(tmp_path / "tested.ckpt")
+    with pytest.raises(PandaError, match="weights were trained for 1 steps, but the Trainer that saved it had made 0"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(), epochs=2, ckpt_path=tmp_path / "tested.ckpt")
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_an_untrained_detector_has_no_scores(tmp_path, verb):
+    with pytest.raises(PandaError, match="PANDA-EWC is untrained, .*: train it with fit, or give ckpt_path"):
+        getattr(trainer(tmp_path), verb)(PANDA("panda_tiny"), digits())
+
+
+def test_a_checkpoint_is_for_its_own_method(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path)
+    with pytest.raises(PandaError, match="the checkpoint is from PANDA, not DN2: use PANDA"):
+        scored(tmp_path, DN2("panda_tiny"), digits(), ckpt_path=path)
+
+
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path, weights_only=True)
+    with pytest.raises(PandaError, match="has only weights .* test it, or start a new run"):
+        fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(), epochs=2, ckpt_path=path)

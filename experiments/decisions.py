@@ -20,8 +20,8 @@ from scipy.stats import betabinom
 from panda_lightning import DN2, PANDA, AnomalyDataModule, PatchCore
 from panda_lightning.datamodules.base import Images
 from panda_lightning.formulas.conformal import p_values
-from panda_lightning.pictures.images import View
 from panda_lightning.pictures.layout import images_below
+from panda_lightning.pictures.view import View
 
 ALPHAS = (0.01, 0.05, 0.1)
 TRAIN, HELD, TEST, ANOMALOUS = 400, 199, 500, 250
@@ -90,7 +90,7 @@ def row(method: str, p: np.ndarray) -> dict[str, float]:
 
 def main(root: Path, network: str, results: Path, splits: int) -> None:
     """Run what is missing."""
-    done = list(csv.DictReader(results.open())) if results.exists() else []
+    done = list(csv.DictReader(results.open(encoding="utf-8"))) if results.exists() else []
     known = {(r["data"], r["method"], int(r["split"])) for r in done}
     for name in SIDES:
         normal, anomalous = pictures(root, name)
@@ -111,7 +111,7 @@ def main(root: Path, network: str, results: Path, splits: int) -> None:
                     own = detector.leave_one_out().double().numpy()
                     rows.append(row(f"{method}, leave one out", p_values(own, scores)))
                 auroc = float(trainer.callback_metrics.get("val/auroc", trainer.callback_metrics.get("test/auroc")))
-                with results.open("a", newline="") as file:
+                with results.open("a", encoding="utf-8", newline="") as file:
                     keys = ["data", "split", "auroc", *rows[0]]
                     lines = csv.DictWriter(file, keys)
                     if not file.tell():
@@ -122,7 +122,7 @@ def main(root: Path, network: str, results: Path, splits: int) -> None:
 
 def table(results: Path) -> None:
     """Print what came out."""
-    rows = list(csv.DictReader(results.open()))
+    rows = list(csv.DictReader(results.open(encoding="utf-8")))
     print("| data | method | AUROC | alpha | false alarms: mean, least to most | splits in the 99 % band | power |")
     print("|---|---|---|---|---|---|---|")
     for data, method in dict.fromkeys((r["data"], r["method"]) for r in rows):

@@ -30,7 +30,7 @@ KEYS = ("auroc", "pixel_auroc", "pro")
 
 def resident() -> float:
     """MiB of memory that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096 / 2**20
 
 

@@ -20,9 +20,9 @@ def bare(ckpt: str, listing: str) -> None:
     from torch.utils.data import DataLoader
 
     from panda_lightning import PANDA
-    from panda_lightning.pictures.images import View
+    from panda_lightning.pictures.images import as_is
     from panda_lightning.pictures.loose import LooseDataset, pointed_at
-    from panda_lightning.pictures.reading import as_is
+    from panda_lightning.pictures.view import View
 
     detector = PANDA.load_from_checkpoint(ckpt)
     dataset = LooseDataset(pointed_at(listing), View.of(detector.origin["view"]), threads=False)
@@ -58,7 +58,7 @@ def main(ckpt: str, folder: str, counts: list[int]) -> None:
     files = images_below(Path(folder))
     print("| images | bare: s, images/s, MiB | predict: s, images/s, MiB | share of the bare rate |\n|---|---|---|---|")
     for count in counts:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as listing:
             listing.write("\n".join(str(file.absolute()) for file in files[:count]))
             listing.flush()
             found: dict[str, list[list[float]]] = {"bare": [], "predict": []}

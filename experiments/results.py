@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from panda_lightning.cli import OneSentenceParser
+from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.tables import formats
 from panda_lightning.tables.rows import Rows
 from panda_lightning.tools import table

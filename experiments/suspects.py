@@ -88,7 +88,7 @@ def plant(root: Path, network: str) -> None:
                     order = [int(row["path"]) for row in suspects(Given(train, *test), network, k)]
                     recall.append(np.mean(np.array(order[:count]) >= 1000 - count))
                     lists[k] = order[:50]
-                with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+                with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
                     file.write("\n".join(map(str, lists[5])))
                     file.flush()
                     cleaned = auroc(network, Given(train, *test, leave_out=file.name))

@@ -45,14 +45,14 @@ def row(method, network, size, train, test):
         if method == "PatchCore":
             bank = bank.flatten(0, 1)
             size_wanted = round(detector.coreset * len(bank))
-            chosen, selection = timed(lambda: torch.cat(list(greedy_coreset(bank, size_wanted))))
+            chosen, selection = timed(lambda: torch.cat([rows for rows, _ in greedy_coreset(bank, size_wanted)]))
             bank = bank[chosen]
         detector.bank = bank
         detector.fit_index()
         queries = {"image": pictures[:test]}
         _, embedding = timed(lambda: detector.embed(queries))
-        (_, maps), scoring = timed(lambda: detector.score_and_map(queries))
-        maps, smoothing = timed(lambda: detector._smoothed(maps))
+        found, scoring = timed(lambda: detector.score_and_map(queries))
+        maps, smoothing = timed(lambda: detector._smoothed(found["map"]))
         masks = torch.zeros(test, size, size, dtype=torch.bool)
         masks[: test // 2, 10:40, 10:40] = True
         pixels = PixelHistogram()

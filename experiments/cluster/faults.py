@@ -42,7 +42,7 @@ class Phases(pl.Callback):
 
     def _begin(self, phase: str, trainer: Any) -> None:
         if trainer.is_global_zero:
-            with open(os.environ["FAULTS_PHASES"], "a") as file:
+            with open(os.environ["FAULTS_PHASES"], "a", encoding="utf-8") as file:
                 file.write(f"{phase}\n")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: D102

@@ -14,7 +14,7 @@ ROWS, DIM, REBUILDS = 20_000, 512, 30
 
 def resident() -> float:
     """MiB of this process in memory now."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 

@@ -14,14 +14,15 @@ LAYERS = [
     {"types", "runtime.processes", "runtime.derived", "runtime.float32", "runtime.sizes", "runtime.systems"},
     {
         "arguments", "networks.adapting", "networks.checks", "networks.splitting", "runtime.gathering", "runtime.whole",
-        "runtime.work", "search.candidates", "search.with_faiss",
+        "runtime.work", "search.candidates",
     },
     {
         "formulas.conformal", "formulas.feature_health", "formulas.losses", "formulas.metrics",
         "formulas.pixel_metrics", "formulas.uncertainty", "networks.augment", "networks.folding",
         "networks.scratch", "networks.tiles", "runtime.averages", "runtime.checkpoints", "runtime.features",
-        "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.knn",
+        "runtime.fingerprint", "runtime.loggers", "runtime.options", "search.with_faiss",
     },
+    {"search.knn"},
     {
         "networks.loading", "pictures", "runtime.agreement", "runtime.results", "search.coreset", "search.sharded",
         "search.traced",

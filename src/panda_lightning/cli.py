@@ -5,20 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from panda_lightning.arguments import Seed, require
 from panda_lightning.callbacks import Predictions
 from panda_lightning.command import checkpoints
-from panda_lightning.command.endings import end_in_a_sentence, pass_over_imports, refusal, silence
+from panda_lightning.command.endings import end_in_a_sentence, pass_over_imports, silence, trainer_arguments
 from panda_lightning.command.parser import OPTIONS, VERSION, OneSentenceParser, helpful
 from panda_lightning.command.words import completed, find_own_classes, require_that_flags_count
 from panda_lightning.detectors import Detector
 from panda_lightning.networks import pretraining  # noqa: F401  # its classes are known by their short names
 from panda_lightning.runtime.agreement import made_with
-from panda_lightning.types import PandaError
 
 
 class PandaCLI(LightningCLI):
@@ -55,11 +53,8 @@ class PandaCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        try:
+        with trainer_arguments():
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            said = " ".join(str(refusal(error) or error).split())
-            raise PandaError(f"these Trainer arguments do not work here: {said}") from error
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
         if self.config.subcommand == "predict" and not any(isinstance(c, Predictions) for c in callbacks):
             callbacks.append(Predictions(**{name: self.config.predict[name] for name in OPTIONS}))

@@ -84,6 +84,20 @@ def test_a_bank_in_half_precision_is_half_as_large_and_nearly_the_same(tmp_path,
     assert results[0]["test/pixel_auroc"] == pytest.approx(results[1]["test/pixel_auroc"], abs=5e-3)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=["SPADE", "PatchCore"])
+def test_features_that_float16_cannot_hold_are_said(tmp_path, method):
+    def grown(**options):
+        detector = method(**options)
+        detector.load_backbone()
+        with torch.no_grad():
+            detector.backbone.std /= 1e8
+        return detector
+
+    trainer(tmp_path).test(grown(), mvtec(tmp_path), verbose=False)
+    with pytest.raises(PandaError, match="normal features are too large for float16, which ends at 65504"):
+        trainer(tmp_path).test(grown(half_bank=True), mvtec(tmp_path), verbose=False)
+
+
 def test_maps_are_smoothed_as_by_scipy():
     detector = SPADE("panda_tiny", sigma=2.0)
     maps = torch.rand(2, 40, 50)

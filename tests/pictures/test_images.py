@@ -114,16 +114,6 @@ def test_of_many_files_on_disk_some_are_looked_at_beforehand(tmp_path, monkeypat
         ImageFolder(**options).normal_dataloader()
 
 
-def test_more_images_than_are_looked_at_together_come_in_their_order(tmp_path):
-    data = ImageFolder(str(make_folder(tmp_path)), normal_class="spot", image_size=16)
-    images = data.normal_images
-    many = images.take(np.arange(3000) % len(images))
-    seen = list(module.looks(many, data.view, ""))
-    assert len(seen) == 3000
-    first = [one.pixels for one in module.looks(images, data.view, "")]
-    assert all(np.array_equal(one.pixels, first[i % len(images)]) for i, one in enumerate(seen))
-
-
 @pytest.mark.parametrize("memory_gb", [1.0, 0.0])
 def test_images_that_keep_their_shape_come_in_batches_of_one_size(tmp_path, memory_gb):
     options = {"root": str(make_mixed(tmp_path)), "normal_class": "spot", "crop": "none", "image_size": 32}

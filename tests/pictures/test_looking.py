@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 from panda_lightning import CatsVsDogs, ImageFolder, PandaError
-from panda_lightning.pictures.images import Images, looks
-from panda_lightning.pictures.looking import remarks
+from panda_lightning.pictures.looking import looks, remarks
 from panda_lightning.pictures.view import View
 from tests.conftest import picture
 from tests.pictures.files import png16, with_orientation
@@ -17,14 +16,23 @@ CENTRE = View(28, "center", 32, "bilinear")
 
 def said(paths, view, masks=None):
     """Problems and notes of some files."""
-    images = Images(list(paths), np.zeros(len(paths), dtype=np.int64), masks)
-    return remarks(images.sources, images.masks, [seen.facts for seen in looks(images, view, "")], view)
+    return remarks(paths, masks, [seen.facts for seen in looks(paths, masks, view, "")], view)
 
 
 def folder_of(tmp_path: Path, values: np.ndarray, count: int = 3) -> list[Path]:
     for number in range(count):
         Image.fromarray(values).save(tmp_path / f"{number}.png")
     return [tmp_path / f"{number}.png" for number in range(count)]
+
+
+def test_more_images_than_are_looked_at_together_come_in_their_order(folder):
+    data = ImageFolder(str(folder), normal_class="spot", image_size=16)
+    images = data.normal_images
+    many = images.take(np.arange(3000) % len(images))
+    seen = list(looks(many.sources, None, data.view, ""))
+    assert len(seen) == 3000
+    first = [one.pixels for one in looks(images.sources, None, data.view, "")]
+    assert all(np.array_equal(one.pixels, first[i % len(images)]) for i, one in enumerate(seen))
 
 
 @pytest.mark.parametrize(

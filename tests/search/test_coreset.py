@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from panda_lightning import PandaError
 from panda_lightning.search import coreset
 from panda_lightning.search.coreset import Points, Reduced, everywhere, greedy_coreset
 from tests.search.test_knn import DEVICES
@@ -275,3 +276,11 @@ def test_greedy_choice_takes_a_fifth_more_than_all_points(dim, itemsize):
     assert coreset.memory_for(count, dim, itemsize) <= (1.2 if dim >= 128 else 1.35) * count * dim * 4
     small = coreset.memory_in_chunks(count, count // 100, 10, dim, itemsize)
     assert small < 0.35 * coreset.memory_for(count, dim, itemsize)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_points_without_distances_are_refused(value):
+    points = torch.rand(50, 3)
+    points[7, 1] = value
+    with pytest.raises(PandaError, match="values of these points are no numbers, or too large for distances"):
+        list(greedy_coreset(points, 20, 0))

@@ -37,8 +37,7 @@ class RebuildIndex(pl.Callback):
         if each or not trainer.enable_validation:  # else checkpoints are written after validations
             with as_saved(trainer, pl_module):
                 if not pl_module.bank_is_fresh:
-                    pl_module.rebuild_bank()
-                    pl_module.fit_index()
+                    self._prepare(pl_module)
                     pl_module.hold_out()
 
     @override

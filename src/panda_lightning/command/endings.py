@@ -8,6 +8,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,18 @@ def refusal(error: BaseException | None) -> PandaError | None:
     while error is not None and not isinstance(error, PandaError):
         error = error.__cause__ or error.__context__
     return error
+
+
+@contextmanager
+def trainer_arguments() -> Iterator[None]:
+    """Say of a Trainer that cannot be made that its arguments are to blame."""
+    from lightning_fabric.utilities.exceptions import MisconfigurationException  # slow to import
+
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        said = " ".join(str(refusal(error) or error).split())
+        raise PandaError(f"these Trainer arguments do not work here: {said}") from error
 
 
 def end_in_a_sentence(error: Exception) -> NoReturn:

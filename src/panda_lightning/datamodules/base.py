@@ -1,6 +1,5 @@
 """What every data set shares: the one-class protocol, the view of its images, and their loaders."""
 
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed, subclasses
 from panda_lightning.datamodules import choices
-from panda_lightning.datamodules.checks import require_images, require_training_images
+from panda_lightning.datamodules.checks import require_images, require_training_images, say_where
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler, pinned
 from panda_lightning.datamodules.manifest import manifest, write_manifest
 from panda_lightning.datamodules.origin import origin_of
@@ -25,10 +24,9 @@ from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is
 from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.pictures.shapes import kinds, shapes
 from panda_lightning.pictures.view import Crop, View
-from panda_lightning.runtime.sizes import in_words
 from panda_lightning.runtime.whole import alone
 from panda_lightning.runtime.work import done
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 __all__ = ["AnomalyDataModule", "Images", "Split", "View"]
 
@@ -38,7 +36,7 @@ Side = Annotated[int, Bounds(1, 16384)]
 Rule = Annotated[str, Form(Intensity.parse, "auto, bits:N (8 to 32) or window:LO,HI")]
 
 
-class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
+class AnomalyDataModule(choices.HoldsBack, Checked, pl.LightningDataModule, ABC):
     """A labelled data set as an anomaly-detection problem: train on normal images, score all test images.
 
     A data set is a subclass with ``classes`` and ``read``, and also ``present`` and ``obtain`` if its files can be
@@ -212,25 +210,19 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         Raises:
             PandaError: If ``resize`` is smaller than what is cut out, or ``crop=none`` has two sides.
         """
-        given: Any = self._chosen("image_size", 224)
-        sides = (given, given) if isinstance(given, int) else (given[0], given[1])
-        least = min(sides)
-        crop = self._chosen("crop", self.default_crop)
-        if crop == "none" and not isinstance(given, int):
-            raise PandaError(
-                f"crop=none keeps each image's own shape, but image_size={list(sides)} is a fixed shape: give "
-                f"only the shorter side, image_size={least}, or choose crop=center or squash."
-            )
-        resize = self._chosen("resize", round(least / 0.875))
-        if resize < least:
-            raise PandaError(f"resize={resize} is smaller than image_size={least}: choose {least} or more.")
         own = getattr(self._detector, "interpolation", None) or "bilinear"
-        interpolation = self._chosen("interpolation", own)
-        values = None if self.mask_values is None else tuple(self.mask_values)
-        rule = self._chosen("intensity", "auto")
-        size = least if sides[0] == sides[1] else sides
-        multiple = getattr(self._detector, "multiple", 1) if crop == "none" else 1
-        return View(size, crop, resize, interpolation, self.before, rule, values, self.max_megapixels, multiple)
+        crop = self._chosen("crop", self.default_crop)
+        return View.asked(
+            self._chosen("image_size", 224),
+            crop,
+            self._chosen("resize", None),
+            self._chosen("interpolation", own),
+            self.before,
+            self._chosen("intensity", "auto"),
+            None if self.mask_values is None else tuple(self.mask_values),
+            self.max_megapixels,
+            getattr(self._detector, "multiple", 1) if crop == "none" else 1,
+        )
 
     @property
     def before(self) -> str | None:
@@ -279,18 +271,6 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     def normal_images(self) -> Images:
         """The normal training images, without those that are held back."""
         return self._parted()[0]
-
-    @property
-    def calibration_images(self) -> Images:
-        """The normal training images that are held back, see ``calibration_fraction``."""
-        return self._parted()[1]
-
-    def _parted(self) -> tuple[Images, Images]:
-        images, share = self.protocol_images("train"), self.calibration_fraction
-        if not share:
-            return images, images.take(np.array([], dtype=np.int64))
-        settings = (share, self.seed, images.fingerprint(self.root))
-        return self._once(self._listed, "parted", settings, lambda: choices.parted(images, share, self.seed, self.root))
 
     @property
     def test_images(self) -> Images:
@@ -362,16 +342,7 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
         in_memory, skip = size <= self.memory_gb * 2**30, self.on_error == "skip"
 
         def read() -> Decoded:
-            rank_zero_info(
-                f"{type(self).__name__}: {len(images)} {what} images, {view.pixels}, "
-                + (
-                    f"decoded to {in_words(size)} of memory"
-                    if in_memory
-                    else f"read from disk at every access: decoded they take {in_words(size)}, more than "
-                    f"memory_gb={self.memory_gb:g} allows. If each process has that much memory, set "
-                    f"data.memory_gb={math.ceil(size / 2**30)}."
-                )
-            )
+            say_where(self, what, images, size, in_memory)
             with done("decoded", what, len(looked_at(images, in_memory, skip))):
                 return decoded(images, view, in_memory, skip, f"Decoding {what} images", sides)
 
@@ -422,11 +393,6 @@ class AnomalyDataModule(Checked, pl.LightningDataModule, ABC):
     def normal_dataloader(self) -> DataLoader[Batch]:
         """The normal training images in order, each once over all processes: for the bank."""
         return self._loader(self._normal_dataset())
-
-    def calibration_dataloader(self) -> DataLoader[Batch]:
-        """The normal images that are held back, in order, each once over all processes."""
-        images = self.calibration_images
-        return self._loader(self._dataset("calibration", images, np.zeros(len(images), dtype=np.bool_)))
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -1,8 +1,12 @@
-"""Images that no run can work with are refused before any is decoded."""
+"""Images that no run can work with are refused before any is decoded; what others take is said."""
 
+import math
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_info
+
 from panda_lightning.pictures.images import Images
+from panda_lightning.runtime.sizes import in_words
 from panda_lightning.types import PandaError
 
 
@@ -48,6 +52,18 @@ def require_images(data: Any, stage: str, world: int) -> None:
         )
     if stage == "fit" and data.batch_size % world:
         raise PandaError(f"batch_size={data.batch_size} is shared by {world} processes: choose a multiple of {world}.")
+
+
+def say_where(data: Any, what: str, images: Images, size: int, in_memory: bool) -> None:
+    """Say whether images will be kept in memory, and how many bytes they take there."""
+    where = f"decoded to {in_words(size)} of memory"
+    if not in_memory:
+        where = (
+            f"read from disk at every access: decoded they take {in_words(size)}, more than memory_gb="
+            f"{data.memory_gb:g} allows. If each process has that much memory, set data.memory_gb="
+            f"{math.ceil(size / 2**30)}."
+        )
+    rank_zero_info(f"{type(data).__name__}: {len(images)} {what} images, {data.view.pixels}, {where}")
 
 
 def _normal(data: Any) -> str:

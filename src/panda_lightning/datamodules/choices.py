@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from panda_lightning.pictures.images import Images
 from panda_lightning.pictures.loose import listed_paths
-from panda_lightning.types import PandaError
+from panda_lightning.types import Batch, PandaError
 
 
 def class_number(wanted: str | int | None, data: Any) -> int:
@@ -143,3 +144,29 @@ def with_masks(images: Images, anomalous: npt.NDArray[np.bool_], root: Path) -> 
     )
     all_lack = len(lack) == anomalous.sum()
     return replace(images, masks=None if all_lack else masks, problems=(*images.problems, problem))
+
+
+class HoldsBack:
+    """The part of a data module that ``calibration_fraction`` asks for."""
+
+    def _parted(self: Any) -> tuple[Images, Images]:
+        """The normal training images of the protocol without those that are held back, and these."""
+        images, share = self.protocol_images("train"), self.calibration_fraction
+        if not share:
+            return images, images.take(np.array([], dtype=np.int64))
+        settings = (share, self.seed, images.fingerprint(self.root))
+        made = self._once(self._listed, "parted", settings, lambda: parted(images, share, self.seed, self.root))
+        both: tuple[Images, Images] = made
+        return both
+
+    @property
+    def calibration_images(self) -> Images:
+        """The normal training images that are held back."""
+        return self._parted()[1]
+
+    def calibration_dataloader(self: Any) -> DataLoader[Batch]:
+        """The normal images that are held back, in order, each once over all processes."""
+        images = self.calibration_images
+        normal = np.zeros(len(images), dtype=np.bool_)
+        loader: DataLoader[Batch] = self._loader(self._dataset("calibration", images, normal))
+        return loader

@@ -13,20 +13,20 @@ from typing_extensions import override
 from panda_lightning.arguments import Checked
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
 from panda_lightning.callbacks.rebuild_index import validate_now
-from panda_lightning.detectors import calibrating, checks, origins, precision, scoring
+from panda_lightning.detectors import checks, origins, precision, scoring
+from panda_lightning.detectors.calibrating import Calibrated
 from panda_lightning.formulas import metrics
 from panda_lightning.runtime.checkpoints import FORMAT, require_format, write_whole
 from panda_lightning.runtime.derived import Derived, mapped
-from panda_lightning.runtime.features import extract
 from panda_lightning.runtime.fingerprint import checksum
 from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.loggers import introduce
 from panda_lightning.runtime.processes import sum_of_all
 from panda_lightning.runtime.results import Calibration, Results
-from panda_lightning.types import Batch, PandaError, Scores
+from panda_lightning.types import Batch, Scores
 
 
-class Detector(Checked, pl.LightningModule, ABC):
+class Detector(Calibrated, Checked, pl.LightningModule, ABC):
     """Scores images by how anomalous they are.
 
     A method overrides ``anomaly_score``. If it learns, it also overrides ``training_step``, ``configure_optimizers``
@@ -50,9 +50,6 @@ class Detector(Checked, pl.LightningModule, ABC):
         bank: Bank of normal images for scoring; None if the method has none, or before it is built.
         bank_weights: Checksum of the weights the bank was built with.
         bank_names: Names of the normal images in the bank.
-        bank_changes: Names added to the bank later, and names removed from it.
-        held_out: Scores of the held-back normal images (``calibration_fraction``), and the state they were computed
-            with.
         steps_trained: Number of optimiser steps that the current weights were trained for.
         terms: Names of the loss terms of the last training step.
     """
@@ -69,8 +66,6 @@ class Detector(Checked, pl.LightningModule, ABC):
     bank = Derived[Any](None)
     bank_weights = Derived[str]("")
     bank_names = Derived[list[str]]([])
-    bank_changes = Derived[tuple[list[str], list[str]]](([], []))
-    held_out = Derived[tuple[Tensor, list[Any]] | None](None)
     steps_trained = Derived[int](0)
     _steps_per_epoch = Derived[int](1)
     _steps_scored = Derived[int](0)  # steps_trained at the last validation
@@ -280,57 +275,6 @@ class Detector(Checked, pl.LightningModule, ABC):
         """
         return precision.of_scores(self)
 
-    # ---- p-values, and a bank that changes: no part of a plain fit ---------------------------------------------------
-
-    @property
-    def scored_by(self) -> list[Any]:
-        """What scores depend on besides the image."""
-        return [self._weights(), {name: getattr(self, name) for name in self.SCORING}, self.precision]
-
-    def hold_out(self) -> None:
-        """Score the images that were held back, with the weights and the bank of this moment."""
-        calibrating.hold_out(self)
-
-    def scores_of(self, loader: Any, title: str) -> Tensor:
-        """Scores (N,) of all images of a loader, float64; every process must call it."""
-        return extract(self.trainer, self.anomaly_score, loader, title, dtype=torch.float64, finish=self.all_scored)
-
-    def join_bank(self, rows: Tensor) -> None:
-        """Add to the bank what ``embed`` makes of normal images (N, ...); see detectors/banks.py."""
-        assert isinstance(self.bank, Tensor)  # banks.names has asked
-        self.bank = torch.cat([self.bank, rows.to(self.bank)])
-
-    def leave_bank(self, kept: Tensor) -> None:
-        """Leave those of the bank's images (N,) that are False out of it.
-
-        Raises:
-            PandaError: If what is left does not do.
-        """
-        assert isinstance(self.bank, Tensor)  # banks.names has asked
-        if not kept.any():
-            raise PandaError(f"none of the {len(kept)} normal images would be left: keep one or more.")
-        self.bank = self.bank[kept]
-
-    def held_back(self, rows: Tensor) -> Tensor:
-        """Which rows (N, ...) of ``embed`` are of images that p-values rest on, as far as that is known: (N,)."""
-        return torch.zeros(len(rows), dtype=torch.bool)
-
-    def recalibrate(self) -> None:
-        """Score the images that were held back anew, after the bank has changed; or forget their scores."""
-        self.held_out = None
-
-    def leave_one_out(self) -> Tensor | None:
-        """Scores of the bank's own images (N,), each without itself; None where they cannot be told."""
-        return None
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What p-values rest on: scores of images held back, or for a method that trains nothing, leave-one-out's.
-
-        Of a network that was adapted to them, the scores of the bank's images are too low (experiments/RESULTS.md).
-        """
-        return calibrating.calibration(self)
-
     # ---- a run -----------------------------------------------------------------------------------------------------
 
     def load_networks(self) -> None:
@@ -362,9 +306,6 @@ class Detector(Checked, pl.LightningModule, ABC):
     @override
     def teardown(self, stage: str) -> None:
         precision.widen(self)
-
-    def _own_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

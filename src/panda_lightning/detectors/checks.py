@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from panda_lightning.arguments import Count, require
 from panda_lightning.runtime.options import require_options
@@ -25,6 +27,10 @@ def require_possible(detector: Any) -> None:
         )
     for name, hint in (("accumulate_grad_batches", Count), ("check_val_every_n_epoch", Count | None)):
         require(f"trainer.{name}", getattr(trainer, name), hint)
+    if trainer.gradient_clip_val is not None and hasattr(detector, "grad_clip"):
+        raise PandaError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val} would be ignored: set model.grad_clip."
+        )
     require_options(trainer)
 
 
@@ -112,7 +118,29 @@ def require_own_images(detector: Any, now: dict[str, Any]) -> None:
         )
 
 
-def require_room(detector: Any, count: int) -> None:
+def require_neighbours(detector: Any, data: Any) -> None:
+    """Refuse images that do not make the bank that a detector asks for.
+
+    Args:
+        detector: A DN2.
+        data: Its data module.
+
+    Raises:
+        PandaError: Saying what to do.
+    """
+    if detector.shard_bank and data.view.sides is None:
+        raise PandaError(
+            "shard_bank needs images of one size, but crop=none gives different sizes: leave one of the two out."
+        )
+    if detector.bank is not None:
+        return
+    if detector.k > (size := len(data.normal_images)):
+        raise PandaError(f"k={detector.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+    if hasattr(detector, "backbone"):
+        _require_room(detector, size)
+
+
+def _require_room(detector: Any, count: int) -> None:
     """Refuse a bank that the device cannot hold, before any image is decoded, and say what a large one takes.
 
     Centroids are no cure: they are made of the whole bank, which stays.
@@ -142,6 +170,30 @@ def require_room(detector: Any, count: int) -> None:
             f"{detector.method}: the bank of {count} normal images with {dim} features will take "
             f"{in_words(needed)} of the {in_words(memory[0])} free on {device} (half of it for its index)."
         )
+
+
+def require_finite(detector: Any, most: Tensor) -> None:
+    """Refuse features of normal images that are not numbers, or too large for the bank; every process must call it.
+
+    Args:
+        detector: A SegmentationDetector.
+        most: The largest size of a feature on this process, NaN where one is no number.
+
+    Raises:
+        PandaError: Saying what to do.
+    """
+    limit = torch.finfo(torch.float16 if detector.half_bank else torch.float32).max
+    if detector.trainer.strategy.reduce_boolean_decision(bool(most <= limit)):
+        return
+    if detector.half_bank:
+        raise PandaError(
+            "normal features are too large for float16, which ends at 65504: leave half_bank out, or use "
+            "float32 if this run used half precision."
+        )
+    raise PandaError(
+        f"{detector.method}'s features of the normal images are not all finite numbers: use trainer.precision=32-true, "
+        "or weights that fit the network."
+    )
 
 
 # ---- training that goes on -------------------------------------------------------------------------------------------

@@ -8,22 +8,22 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from panda_lightning.arguments import Count
-from panda_lightning.detectors.calibrating import are_among, others
-from panda_lightning.detectors.checks import require_room
+from panda_lightning.detectors.calibrating import CalibratedByNeighbours
+from panda_lightning.detectors.checks import require_neighbours
 from panda_lightning.detectors.explaining import nearest_images
 from panda_lightning.detectors.pretrained import PretrainedDetector
-from panda_lightning.networks.backbones import Optimize, Pool
+from panda_lightning.networks.backbones import Pool
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
-from panda_lightning.runtime.systems import widenable
 from panda_lightning.search.coreset import kmeans
 from panda_lightning.search.knn import Backend, KNNIndex
 from panda_lightning.search.sharded import ShardedIndex
 from panda_lightning.types import Batch, PandaError
 
 
-class DN2(PretrainedDetector):
+class DN2(CalibratedByNeighbours, PretrainedDetector):
     r"""Distance to the nearest normal images in the feature space of a pretrained network.
 
     .. math:: s(x) = \sum_{i=1}^{k} \lVert f(x) - f_i \rVert^2, \quad f_i \text{ the k nearest of the bank}
@@ -55,14 +55,12 @@ class DN2(PretrainedDetector):
         bank: Features of the normal training images, one row per image, as the network outputs them.
         bank_is_whole: False if it has only this process's images: rank, rank + world, ...
         reduction: The centroids, and the data they were made from.
-        held_features: Features of the held-back images, so that their scores can be updated when the bank changes.
     """
 
     SCORING = ("k", "normalize", "centroids")
     bank = Derived[Any](None)
     bank_is_whole = Derived[bool](True)
     reduction = Derived[tuple[list[Any], Tensor] | None](None)
-    held_features = Derived[Tensor | None](None)
 
     def __init__(
         self,
@@ -108,16 +106,7 @@ class DN2(PretrainedDetector):
     @override
     def accept(self, data: Any) -> None:
         super().accept(data)
-        if self.shard_bank and data.view.sides is None:
-            raise PandaError(
-                "shard_bank needs images of one size, but crop=none gives different sizes: leave one of the two out."
-            )
-        if self.bank is not None:
-            return
-        if self.k > (size := len(data.normal_images)):
-            raise PandaError(f"k={self.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
-        if hasattr(self, "backbone"):
-            require_room(self, size)
+        require_neighbours(self, data)
 
     @override
     def on_test_start(self) -> None:
@@ -173,64 +162,3 @@ class DN2(PretrainedDetector):
     @override
     def all_scored(self) -> None:
         self.index.serve()
-
-    # ---- p-values, and a bank that changes: no part of a plain fit -------------------------------------------------
-
-    def normal_score(self) -> float:
-        """Mean score of the normal training images, none counted as its own neighbour."""
-        if self.reduced:  # a centroid is no image
-            features = self.scoring_space(self.bank.to(self.device))
-            return float(self.index.search(features, self.k)[0].sum(dim=1).mean())
-        return float(self.index.mean(self.without_itself()))
-
-    @override
-    def scores_of(self, loader: Any, title: str) -> Tensor:
-        self.held_features = extract(self.trainer, self.embed, loader, title).cpu()
-        return self._held_scores(self.held_features)
-
-    def _held_scores(self, features: Tensor) -> Tensor:
-        scores = widenable(self._neighbours(features.to(self.device), self.k)[0].sum(dim=1)).double()
-        self.all_scored()
-        return scores
-
-    @override
-    def join_bank(self, rows: Tensor) -> None:
-        super().join_bank(rows)
-        self.reduction = None
-
-    @override
-    def leave_bank(self, kept: Tensor) -> None:
-        if (left := int(kept.sum())) < self.k:
-            raise PandaError(f"{left} of {len(kept)} normal images would be left, fewer than k={self.k}: keep more.")
-        super().leave_bank(kept)
-        self.reduction = None
-
-    @override
-    def held_back(self, rows: Tensor) -> Tensor:
-        return super().held_back(rows) if self.held_features is None else are_among(rows, self.held_features)
-
-    @override
-    def recalibrate(self) -> None:
-        features, known = self.held_features, self.held_out is not None and self.held_out[1] == self.scored_by
-        super().recalibrate()
-        if known and features is not None:
-            self.held_out = (self._held_scores(features).cpu(), self.scored_by)
-
-    @override
-    def leave_one_out(self) -> Tensor | None:
-        small = self.bank is None or self.k >= len(self.index)
-        if small or self.reduced or self.shard_bank:
-            return None
-        return self.without_itself(step=-(-len(self.index) // 2000))  # as many are enough
-
-    def without_itself(self, step: int = 1) -> Tensor:
-        """Scores (N,) of every ``step``-th of the bank's images that are here, none counted as its own neighbour."""
-        return self.others(self.k, step)[0].sum(dim=1)
-
-    def others(self, count: int, step: int = 1) -> tuple[Tensor, Tensor]:
-        """The nearest others of every ``step``-th of the bank's images that are here: distances and rows (N, count).
-
-        Raises:
-            PandaError: If there are not as many.
-        """
-        return others(self, count, step)

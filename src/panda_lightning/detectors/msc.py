@@ -14,7 +14,8 @@ from panda_lightning.detectors.steps import draws, of_all
 from panda_lightning.formulas import losses
 from panda_lightning.networks import augment
 from panda_lightning.networks.adapting import Adapt
-from panda_lightning.networks.backbones import Optimize, Pool
+from panda_lightning.networks.backbones import Pool
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch
 

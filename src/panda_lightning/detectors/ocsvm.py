@@ -13,7 +13,7 @@ from panda_lightning.arguments import Positive, Share
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas import metrics
 from panda_lightning.networks import augment
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
 from panda_lightning.runtime.sizes import in_words

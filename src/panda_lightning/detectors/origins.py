@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from panda_lightning.detectors import checks
+from panda_lightning.detectors.precision import own_tensors
 from panda_lightning.runtime.agreement import require_same
 from panda_lightning.runtime.derived import Derived
 
@@ -55,7 +56,7 @@ def start_anew(detector: Any) -> None:
         for name, network in detector.fresh_networks().items():
             getattr(detector, name).load_state_dict(network.state_dict())
     else:
-        own = detector._own_tensors()
+        own = own_tensors(detector)
         with torch.no_grad():
             for name, value in detector._fresh.items():
                 own[name].copy_(value)

@@ -12,7 +12,8 @@ from panda_lightning.callbacks import FeatureHealth
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
 from panda_lightning.networks.adapting import Adapt
-from panda_lightning.networks.backbones import Optimize, Pool
+from panda_lightning.networks.backbones import Pool
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.runtime.derived import Derived, mapped
 from panda_lightning.runtime.features import on_device
 from panda_lightning.search.knn import Backend

@@ -12,7 +12,8 @@ from panda_lightning.arguments import Amount, Count, Fraction, Positive
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.detectors.steps import linear, seeded
 from panda_lightning.networks.adapting import Adapt
-from panda_lightning.networks.backbones import Optimize, Pool
+from panda_lightning.networks.backbones import Pool
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.types import Batch
 
 

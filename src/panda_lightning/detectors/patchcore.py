@@ -12,11 +12,11 @@ from typing_extensions import override
 from panda_lightning.arguments import Amount, Count, Number, Positive, Share
 from panda_lightning.detectors.patches import Plan, collected, in_words_of, numbered, planned
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector
-from panda_lightning.networks.backbones import Optimize
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.pyramid import resized
 from panda_lightning.pictures.view import MapSize, View
 from panda_lightning.runtime.derived import Derived
-from panda_lightning.runtime.features import on_device, require_finite
+from panda_lightning.runtime.features import on_device
 from panda_lightning.search.coreset import Points, Reduced, everywhere, greedy_coreset
 from panda_lightning.search.knn import Backend
 from panda_lightning.types import Batch, PandaError
@@ -107,7 +107,7 @@ class PatchCore(SegmentationDetector):
         if size < count:
             rank_zero_info(f"{in_words_of(size, count, plan.dim, radius, radius)}.")
         self.bank_images = images[torch.searchsorted(firsts, chosen, right=True) - 1].cpu()
-        return require_finite(everywhere(patches, numbers, chosen))
+        return everywhere(patches, numbers, chosen)
 
     def _make_reduced(self, plan: Plan) -> Tensor:
         """A bank of what a stream in chunks leaves, see Reduced."""
@@ -120,7 +120,7 @@ class PatchCore(SegmentationDetector):
         rows, radius = self._choice(patches, size, len(kept), None)
         rank_zero_info(f"{in_words_of(size, count, plan.dim, radius, math.sqrt(squared), plan.chunks)}.")
         self.bank_images = images.repeat_interleave(counts)[kept[rows]].cpu()
-        return require_finite(patches.moved(rows))
+        return patches.moved(rows)
 
     def _size(self, count: int) -> int:
         return max(1, round(self.coreset * count))

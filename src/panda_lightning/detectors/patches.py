@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from panda_lightning.detectors.checks import require_finite
 from panda_lightning.networks.pyramid import level_strides
 from panda_lightning.runtime.features import on_device
 from panda_lightning.runtime.gathering import gather
@@ -153,13 +154,18 @@ def collected(detector: Any, portion: int, into: Points | Reduced) -> tuple[Tens
 
     Returns:
         Numbers of the images in their order (N,), and how many patches each has (N,), on the patches' device.
+
+    Raises:
+        PandaError: If they are not finite numbers.
     """
     seen: list[tuple[int, int]] = []
+    most = torch.zeros((), device=detector.device)
 
     def take(part: Any, numbers: list[int]) -> None:  # whose patches are gone when the next pass the network
         for number, patches in zip(numbers, detector.embed(part), strict=True):
             if number >= 0:
                 into.append(patches)
+                torch.maximum(most, torch.stack(patches.aminmax()).abs().amax(), out=most)  # NaN stays
                 seen.append((number, len(patches)))
 
     loader = detector.data.normal_dataloader()
@@ -169,6 +175,7 @@ def collected(detector: Any, portion: int, into: Points | Reduced) -> tuple[Tens
             for start in range(0, len(numbers), portion):
                 here = slice(start, start + portion)
                 take({name: values[here] for name, values in batch.items()}, numbers[here])
+    require_finite(detector, most)
     images, counts = torch.tensor(seen, dtype=torch.long, device=detector.device).view(-1, 2).T.contiguous()
     return images, counts
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 
 def of_scores(detector: Any) -> str:
@@ -25,6 +26,11 @@ def computed_as(detector: Any) -> AbstractContextManager[Any]:
     return nullcontext() if kind is None else torch.autocast(detector.device.type, kind)
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those too that a checkpoint leaves out."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def keep_wide(detector: Any, stage: str) -> None:
     """Remember weights before a run in half precision alone, in which Lightning narrows them for good."""
     precision = str(detector.trainer.precision)
@@ -35,14 +41,14 @@ def keep_wide(detector: Any, stage: str) -> None:
             f"precision {precision} keeps the weights themselves in half precision, which loses small steps: use "
             "bf16-mixed, which trains like float32."
         )
-    detector._wide = {} if stage == "fit" else {name: t.clone() for name, t in detector._own_tensors().items()}
+    detector._wide = {} if stage == "fit" else {name: t.clone() for name, t in own_tensors(detector).items()}
 
 
 def widen(detector: Any) -> None:
     """After a run in half precision: trained weights as they are, others as they were before it."""
     if detector._wide is not None:
         detector.float()
-        own = detector._own_tensors()
+        own = own_tensors(detector)
         for name, value in detector._wide.items():
             own[name].data = value.to(detector.device)
         detector._wide = None

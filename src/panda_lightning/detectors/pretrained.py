@@ -12,12 +12,13 @@ from typing_extensions import override
 
 from panda_lightning.detectors.base import Detector
 from panda_lightning.networks.adapting import Adapt
-from panda_lightning.networks.backbones import Backbone, Optimize, Pool
+from panda_lightning.networks.backbones import Backbone, Pool
 from panda_lightning.networks.checks import patch_of, require_several_sizes, require_size
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.loading import fisher_beside
 from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.whole import require_folder
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 
 class PretrainedDetector(Detector):
@@ -139,10 +140,6 @@ class PretrainedDetector(Detector):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        if self.trainer.gradient_clip_val is not None:
-            raise PandaError(
-                f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} would be ignored: set model.grad_clip."
-            )
         return SGD(self.trained(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     @override

@@ -13,9 +13,11 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Bounds
 from panda_lightning.callbacks import AnomalyMaps
+from panda_lightning.detectors.checks import require_finite
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.formulas.pixel_metrics import PixelHistogram, PixelMetrics
-from panda_lightning.networks.backbones import Optimize, portions
+from panda_lightning.networks.backbones import portions
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.pyramid import level_strides, pyramid
 from panda_lightning.networks.tiles import blended, cut, places, require_tiles
 from panda_lightning.pictures.view import MapSize
@@ -200,7 +202,9 @@ class SegmentationDetector(PretrainedDetector):
             f"take {4 * math.prod(size) / 2**20:.2f} MiB per image of a batch{self._tiles_in_words(size)}."
         )
         loader = self.data.normal_dataloader()
-        return extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
+        features = extract(self.trainer, self.embed, loader, "Normal features", dtype=dtype)
+        require_finite(self, torch.stack(features.aminmax()).abs().amax())
+        return features
 
     def _tiles_in_words(self, size: tuple[int, int]) -> str:
         """The memory that tiles of images of this height and width take."""

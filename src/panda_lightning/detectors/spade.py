@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Number
 from panda_lightning.detectors.segmentation import Level, SegmentationDetector
-from panda_lightning.networks.backbones import Optimize, portions
+from panda_lightning.networks.backbones import portions
+from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.pyramid import resized
 from panda_lightning.pictures.view import MapSize
 from panda_lightning.search.knn import Backend, KNNIndex

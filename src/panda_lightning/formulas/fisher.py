@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from panda_lightning.networks.adapting import is_low_rank, plain
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.runtime.checkpoints import read_tensors
 from panda_lightning.runtime.derived import mapped
@@ -67,7 +68,7 @@ class Estimator:
             require_classifier(backbone)
         self.backbone, self.group, self.seed, self.of = backbone, group, seed, of
         self.params = {name: p.detach() for name, p in backbone.adapted().items()}
-        self._places = backbone.places()
+        self._places = _places(backbone)
         size = sum(p.numel() for p in self.params.values())
         self.chunk = max(1, memory_mb * 2**20 // (4 * 3 * size))  # the gradients, their squares, and the work between
         self.total = {n: p.new_zeros(p.shape, dtype=_at_least_float32(p.dtype)) for n, p in self.params.items()}
@@ -174,6 +175,11 @@ def require_classifier(backbone: Backbone) -> None:
         raise PandaError(
             f"labels need the pretrained classifier, but {backbone.architecture} has none here: use --labels features."
         )
+
+
+def _places(backbone: Backbone) -> dict[str, str]:
+    """Names of parameters in ``model`` by plain timm names; with ``adapt=lora`` those of weights are longer."""
+    return {plain(name): name for name, _ in backbone.model.named_parameters() if not is_low_rank(name)}
 
 
 class _Answer(nn.Module):
@@ -290,7 +296,7 @@ def load(path: str, backbone: Backbone) -> Diagonal:
             "authors' file (as far as we know), use the published ewc_weight 1e4; if from squared gradients of "
             "single images, divide it by about 32."
         )
-    known = {name: backbone.model.get_parameter(place) for name, place in backbone.places().items()}
+    known = {name: backbone.model.get_parameter(place) for name, place in _places(backbone).items()}
     adapted = backbone.adapted()
     wrong = [f"{name} is missing" for name in adapted if name not in found]
     wrong += [f"{name} is not in {backbone.architecture}" for name in found if name not in known]

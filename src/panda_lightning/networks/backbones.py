@@ -9,12 +9,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from panda_lightning.networks import checks
-from panda_lightning.networks.adapting import Adapt, is_low_rank, plain, stages, summed, train_only
-from panda_lightning.networks.folding import compiled, fold_batchnorm
-from panda_lightning.networks.loading import in_checkpoint, pretrained
+from panda_lightning.networks.adapting import Adapt, plain, stages, summed, train_only
+from panda_lightning.networks.folding import Computed, Optimize
+from panda_lightning.networks.loading import built, pretrained
 from panda_lightning.networks.splitting import Outputs, first_part, followed, second_part, stride
 
-Optimize = Literal["plain", "channels_last", "folded", "compiled"]
 Pool = Literal["token", "avg", "both"]
 
 
@@ -88,7 +87,7 @@ class Backbone(nn.Module):
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if tensor.ndim == 4:  # a module's own ``to`` refuses networks with three-dimensional convolutions
                 tensor.data = tensor.data.contiguous(memory_format=self._layout)
-        self._copy: tuple[object, nn.Module] | None = None  # see computing
+        self._computed = Computed(self.model, self.flow, optimize)
 
     @classmethod
     def pretrained(
@@ -107,39 +106,20 @@ class Backbone(nn.Module):
         Raises:
             PandaError: If the name is unknown, the weights cannot be had, or the network does not serve.
         """
-        if name.endswith(".ckpt"):
-            config, state = in_checkpoint(name)
-            if config.get("pool") and not options.get("pool"):
-                rank_zero_info(f"Using pool={config['pool']}, as in {name}.")
-            return cls.from_config(config, adapt_stages, optimize, state, **options)
-        model, model_args, fisher_file = pretrained(name, weights)
-        backbone = cls(model, adapt_stages, model_args, optimize, **options)
+        model, model_args, fisher_file, pool = pretrained(name, weights)
+        if pool and not options.get("pool"):
+            rank_zero_info(f"Using pool={pool}, as in {name}.")
+        backbone = cls(model, adapt_stages, model_args, optimize, **{**options, "pool": options.get("pool") or pool})
         backbone.fisher_file = fisher_file
         return backbone
 
     @classmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
-        adapt_stages: int,
-        optimize: Optimize = "folded",
-        state: dict[str, Tensor] | None = None,
-        **options: Any,
+        cls, config: dict[str, Any], adapt_stages: int, optimize: Optimize = "folded", **options: Any
     ) -> Self:
-        """Build the network that ``config`` (see there) describes, with weights by plain timm names or to be filled."""
-        import timm
-
-        model = timm.create_model(
-            config["architecture"],
-            pretrained=False,
-            num_classes=config["num_classes"],
-            pretrained_cfg=config["pretrained_cfg"],
-            **config["model_args"],
-        )
-        if state is not None:
-            model.load_state_dict(state)
+        """Build the network that ``config`` (see there) describes, for weights that are loaded later."""
         pool = options.pop("pool", None) or config.get("pool")  # unless asked otherwise, as it was adapted
-        return cls(model, adapt_stages, config["model_args"], optimize, pool=pool, **options)
+        return cls(built(config), adapt_stages, config["model_args"], optimize, pool=pool, **options)
 
     @property
     def architecture(self) -> str:
@@ -187,10 +167,6 @@ class Backbone(nn.Module):
             place, _, own = plain(name).rpartition(".")
             found[plain(name)] = p if name == plain(name) else getattr(self.model.get_submodule(place), own)
         return found
-
-    def places(self) -> dict[str, str]:
-        """Names of parameters in ``model`` by plain timm names; with ``adapt=lora`` those of weights are longer."""
-        return {plain(name): name for name, _ in self.model.named_parameters() if not is_low_rank(name)}
 
     @property
     def splits(self) -> bool:
@@ -265,29 +241,14 @@ class Backbone(nn.Module):
 
     @property
     def computing(self) -> nn.Module:
-        """The network as it is computed: a copy that shares its weights, but for what ``optimize`` changes."""
-        if self.optimize != "compiled" and not (self.optimize == "folded" and self.flow.feeds):
-            return self.model
-        # anew where weights were loaded or moved since: each tensor's place and number of changes
-        frozen = (self.model.get_submodule(name) for name in self.flow.before)
-        tensors = (t for module in frozen for t in (*module.parameters(), *module.buffers()))
-        state = [(t.data_ptr(), t._version) for t in tensors]
-        if self._copy is None or self._copy[0] != state:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
-                made = fold_batchnorm(self.model, self.flow.before, self.flow.feeds)
-            if self.optimize == "compiled":
-                made = compiled(made, (*self.flow.before, *self.flow.after))
-            self._copy = (state, made)
-        return self._copy[1]
+        """The network as ``optimize`` has it computed."""
+        return self._computed.now()
 
-    def _rest(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def _rest(self, model: nn.Module, hidden: Tensor) -> Any:
         """What ``forward_features`` gives of the output of ``prefix``."""
-        features: Tensor
         if hidden.dtype == torch.uint8:
-            features = as_timm(model).forward_features(self.normalized(hidden))
-        else:
-            features = second_part(model, self.flow, hidden, *self._seen[tuple(hidden.shape[1:])])
-        return features
+            return as_timm(model).forward_features(self.normalized(hidden))
+        return second_part(model, self.flow, hidden, *self._seen[tuple(hidden.shape[1:])])
 
     def suffix(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and pool: the output of ``prefix`` -> (B, D) features."""

@@ -1,8 +1,11 @@
 """What a network cannot do is refused in a sentence."""
 
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_info
 
 from panda_lightning.types import PandaError
 
@@ -90,6 +93,26 @@ def require_several_sizes(backbone: Any) -> None:
             f"crop=none gives images of different sizes, but {backbone.architecture} needs one size: choose "
             "crop=center or squash, or another network."
         )
+
+
+def may_be_cached(backbone: Any, dataset: Any) -> bool:
+    """Whether what the frozen layers make of a data set's images can be kept; says once why not."""
+    if not backbone.splits:
+        _say_once(
+            f"{backbone.architecture} cannot be computed in two parts, so its frozen layers are not cached: "
+            "images pass through all layers each time."
+        )
+    elif dataset.kinds is not None:
+        rank_zero_info(
+            f"The frozen layers' output of {len(dataset)} images is not cached, because they have different "
+            "sizes: these images pass through all layers each time."
+        )
+    return backbone.splits and dataset.kinds is None
+
+
+@cache
+def _say_once(line: str) -> None:
+    rank_zero_info(line)
 
 
 def _only_side(model: Any) -> int | None:

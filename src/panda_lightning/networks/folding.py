@@ -2,12 +2,44 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from panda_lightning.networks.splitting import replaced
+from panda_lightning.networks.splitting import Flow, replaced
+
+Optimize = Literal["plain", "channels_last", "folded", "compiled"]
+
+
+class Computed:
+    """A network as it is computed: itself, or a copy that shares its weights, but for those that are folded.
+
+    Args:
+        model: The network, in eval mode.
+        flow: How images pass through it.
+        optimize: See Backbone.
+    """
+
+    def __init__(self, model: nn.Module, flow: Flow, optimize: Optimize) -> None:
+        self._model, self._flow, self._optimize = model, flow, optimize
+        self._copy: tuple[object, nn.Module] | None = None
+
+    def now(self) -> nn.Module:
+        """The network for the weights of this moment: the copy is made anew where any were loaded or moved since."""
+        flow, compile_all = self._flow, self._optimize == "compiled"
+        if not compile_all and not (self._optimize == "folded" and flow.feeds):
+            return self._model
+        frozen = (self._model.get_submodule(name) for name in flow.before)
+        tensors = [t for module in frozen for t in (*module.parameters(), *module.buffers())]
+        state = [(t.data_ptr(), t._version) for t in tensors]  # each tensor's place and number of changes
+        if self._copy is None or self._copy[0] != state:
+            device = tensors[0].device.type if tensors else "cpu"
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+                made = fold_batchnorm(self._model, flow.before, flow.feeds)
+            self._copy = (state, compiled(made, (*flow.before, *flow.after)) if compile_all else made)
+        return self._copy[1]
 
 
 def fold_batchnorm(model: nn.Module, units: Sequence[str], feeds: Sequence[tuple[str, str]]) -> nn.Module:

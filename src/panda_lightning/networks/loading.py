@@ -20,7 +20,7 @@ from panda_lightning.types import PandaError
 BUNDLED = Path(__file__).parents[1] / "weights"
 
 
-def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any], Path | None]:
+def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any], Path | None, Any]:
     """Load a network with its weights; never one with random weights.
 
     Args:
@@ -28,14 +28,19 @@ def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any
         weights: See there.
 
     Returns:
-        The timm model, the arguments beyond its name with which timm made it, and the file of the Fisher diagonal that
-        lies beside its weights, if any.
+        The timm model, the arguments beyond its name with which timm made it, the file of the Fisher diagonal that lies
+        beside its weights, if any, and how a checkpoint of this project pools its features, if it says so.
 
     Raises:
         PandaError: If the name is unknown, or the weights cannot be had.
     """
     import timm  # slow to import, and not needed for --help
 
+    if name.endswith(".ckpt"):
+        config, state = _in_checkpoint(name)
+        model = built(config)
+        model.load_state_dict(state)
+        return model, config["model_args"], None, config.get("pool")
     source = _source(name)
     overlay = None
     if weights is not None:
@@ -56,7 +61,18 @@ def pretrained(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any
             model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # all that timm and the hub raise
         raise PandaError(_no_weights(name, error)) from error
-    return model, model_args, fisher_beside(name, weights)
+    return model, model_args, fisher_beside(name, weights), None
+
+
+def built(config: dict[str, Any]) -> nn.Module:
+    """The timm network that Backbone.config describes, with weights that are to be loaded yet."""
+    import timm
+
+    names = ("num_classes", "pretrained_cfg")
+    made: nn.Module = timm.create_model(
+        config["architecture"], pretrained=False, **{name: config[name] for name in names}, **config["model_args"]
+    )
+    return made
 
 
 def takes(architecture: str, argument: str) -> bool:
@@ -81,8 +97,8 @@ def _source(name: str) -> str:
     return f"local-dir:{BUNDLED / name}" if (BUNDLED / name).is_dir() else name
 
 
-def in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What Backbone.from_config needs, and the weights, of the network in a detector's checkpoint.
+def _in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Backbone.config and the weights of the network in a detector's checkpoint.
 
     Raises:
         PandaError: If it is none, or has no network.

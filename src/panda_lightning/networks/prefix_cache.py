@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.networks.checks import may_be_cached
 from panda_lightning.runtime.features import on_device
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.gathering import gather
@@ -47,18 +47,8 @@ def cache_prefix(
     Returns:
         Bytes of memory taken.
     """
-    if not backbone.splits:
-        _say_once(
-            f"{backbone.architecture} cannot be computed in two parts, so its frozen layers are not cached: "
-            "images pass through all layers each time."
-        )
-        return 0
     dataset: Any = loader.dataset
-    if dataset.kinds is not None:
-        rank_zero_info(
-            f"The frozen layers' output of {len(dataset)} images is not cached, because they have different "
-            "sizes: these images pass through all layers each time."
-        )
+    if not may_be_cached(backbone, dataset):
         return 0
     strategy = trainer.strategy
     device = strategy.root_device
@@ -99,11 +89,6 @@ def cache_prefix(
     rank_zero_info(f"{what} is cached: {in_words(needed)} {f'in {path}' if path else f'on {place}'}.")
     dataset.hidden = hidden
     return 0 if path else needed
-
-
-@cache
-def _say_once(line: str) -> None:
-    rank_zero_info(line)
 
 
 def _fill(

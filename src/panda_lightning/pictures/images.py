@@ -1,29 +1,24 @@
 """The images of a split: where they are, read and resized, and as batches."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from panda_lightning.pictures.layout import Files, readable, relative
-from panda_lightning.pictures.looking import Facts, Look, look, pixels_of, readable_rows, remarks, say
-from panda_lightning.pictures.shapes import batches, kinds, shapes
+from panda_lightning.pictures.looking import Facts, looks, pixels_of, readable_rows, remarks, say
+from panda_lightning.pictures.shapes import Pixels, batches, empty, kinds, shapes, stacked, taken
 from panda_lightning.pictures.view import View
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 GAP = -2  # a row that is none: a batch of one size that is not full; see loaders.ShardedSampler
-Pixels = Tensor | list[Tensor]
 
 SAMPLE = 5000  # of files that stay on disk so many are looked at beforehand: some 40 s on two processors
 
@@ -146,11 +141,11 @@ def decoded(
     count = len(images)
     some = looked_at(images, in_memory, skip_unreadable)
     sides = shapes(images.sources, view) if sides is None else sides
-    pixels = _empty(sides, (3,), torch.uint8) if in_memory else None
-    masks = _empty(sides, (), torch.bool) if in_memory and images.masks is not None else None
+    pixels = empty(sides, (3,), torch.uint8) if in_memory else None
+    masks = empty(sides, (), torch.bool) if in_memory and images.masks is not None else None
     files = count > 0 and isinstance(images.sources[0], Path)
     facts: list[Facts] = []
-    for i, seen in enumerate(looks(some, view, title) if in_memory or files else ()):
+    for i, seen in enumerate(looks(some.sources, some.masks, view, title) if in_memory or files else ()):
         facts.append(seen.facts)
         if pixels is not None and not seen.facts.unreadable:
             pixels[i].numpy()[...] = seen.pixels
@@ -166,19 +161,7 @@ def decoded(
         return Decoded(images, np.arange(count), None, None, sides)
     if len(good) == count:
         return Decoded(images, good, pixels, masks, sides)
-    return Decoded(images.take(good), good, _taken(pixels, good), _taken(masks, good), sides[good])
-
-
-def _empty(sides: npt.NDArray[np.int64], channels: tuple[int, ...], dtype: torch.dtype) -> Pixels:
-    """Room for images of these heights and widths."""
-    if kinds(sides) is None:
-        return torch.empty((len(sides), *channels, *(sides[0].tolist() if len(sides) else (0, 0))), dtype=dtype)
-    return [torch.empty((*channels, *shape), dtype=dtype) for shape in sides.tolist()]
-
-
-def _taken(pixels: Pixels | None, rows: npt.NDArray[np.int64] | Tensor) -> Any:
-    """Images of these rows, where there are any: as they are kept."""
-    return [pixels[i] for i in rows] if isinstance(pixels, list) else None if pixels is None else pixels[rows]
+    return Decoded(images.take(good), good, taken(pixels, good), taken(masks, good), sides[good])
 
 
 def looked_at(images: Images, in_memory: bool, skip_unreadable: bool) -> Images:
@@ -190,16 +173,6 @@ def looked_at(images: Images, in_memory: bool, skip_unreadable: bool) -> Images:
     if isinstance(images.sources, Files):
         rows = np.union1d(rows, np.flatnonzero(images.sources.sizes == 0))
     return images.take(rows)
-
-
-def looks(images: Images, view: View, title: str, extremes: bool = False) -> Iterator[Look]:
-    """Every image and mask in order, with a progress bar."""
-    masks = images.masks or [None] * len(images)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # a pool takes all that it is given at once, and keeps what is found until it is asked for
-        several = (range(i, min(i + 1024, len(images))) for i in range(0, len(images), 1024))
-        found = (pool.map(lambda i: look(view, images.sources[i], masks[i], extremes), rows) for rows in several)
-        yield from track(chain.from_iterable(found), title, total=len(images), transient=True)
 
 
 class ImageDataset(Dataset[Batch]):
@@ -265,7 +238,7 @@ class ImageDataset(Dataset[Batch]):
 
     def _masks(self, files: Sequence[Path | None], rows: Tensor) -> Tensor:
         if self.masks is not None:
-            return _stacked(self.masks, rows)
+            return stacked(self.masks, rows)
         found = torch.zeros(len(rows), *self.shapes[rows[0]].tolist(), dtype=torch.bool)
         for place, row in enumerate(rows.tolist()):
             if (file := files[row]) is not None:
@@ -283,12 +256,8 @@ class ImageDataset(Dataset[Batch]):
                 "a batch has images of different sizes: with crop=none use the data module's own loaders and samplers."
             )
         if self.pixels is not None:
-            return _stacked(self.pixels, rows)
+            return stacked(self.pixels, rows)
         return torch.from_numpy(np.stack([pixels_of(self.view, self.images.sources[i]) for i in rows]))
-
-
-def _stacked(pixels: Pixels, rows: Tensor) -> Tensor:
-    return torch.stack([pixels[i] for i in rows]) if isinstance(pixels, list) else pixels[rows]
 
 
 def as_is(batch: Any) -> Any:

@@ -1,8 +1,11 @@
 """What is noticed of images and masks when they are read for the first time."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from rich.progress import track
 
 from panda_lightning.pictures.layout import relative
 from panda_lightning.pictures.pixels import Source, read_mask
@@ -88,6 +92,23 @@ def look(view: View, source: Source, mask: Path | None = None, extremes: bool = 
     kept = 1.0 if view.before else float(whole[top:bottom, left:right].sum() / max(1, whole.sum()))
     drawn = Drawn(float(whole.mean()), kept, bool(fitted.any()), stretched)
     return Look(Facts(**facts, drawn=drawn), pixels, fitted)
+
+
+def looks(
+    sources: Sequence[Source] | npt.NDArray[np.uint8],
+    masks: Sequence[Path | None] | None,
+    view: View,
+    title: str,
+    extremes: bool = False,
+) -> Iterator[Look]:
+    """Every image and mask in order, with a progress bar."""
+    count = len(sources)
+    files = masks or [None] * count
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # a pool takes all that it is given at once, and keeps what is found until it is asked for
+        several = (range(i, min(i + 1024, count)) for i in range(0, count, 1024))
+        found = (pool.map(lambda i: look(view, sources[i], files[i], extremes), rows) for rows in several)
+        yield from track(chain.from_iterable(found), title, total=count, transient=True)
 
 
 def pixels_of(view: View, source: Source) -> npt.NDArray[np.uint8]:

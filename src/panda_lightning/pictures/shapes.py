@@ -15,6 +15,7 @@ from torch import Tensor
 from panda_lightning.pictures.pixels import Source, frame
 from panda_lightning.pictures.view import View
 
+Pixels = Tensor | list[Tensor]  # of images of one size, or of several
 MANY = 2000  # headers whose reading takes long enough for a progress bar
 
 
@@ -55,3 +56,20 @@ def batches(rows: Tensor, kinds: Tensor | None, most: int) -> list[Tensor]:
     order = number.argsort(stable=True)
     counts = torch.unique_consecutive(number[order], return_counts=True)[1]
     return [part for alike in torch.split(rows[order], counts.tolist()) for part in torch.split(alike, most)]
+
+
+def empty(sides: npt.NDArray[np.int64], channels: tuple[int, ...], dtype: torch.dtype) -> Pixels:
+    """Room for images of these heights and widths (N, 2)."""
+    if kinds(sides) is None:
+        return torch.empty((len(sides), *channels, *(sides[0].tolist() if len(sides) else (0, 0))), dtype=dtype)
+    return [torch.empty((*channels, *shape), dtype=dtype) for shape in sides.tolist()]
+
+
+def taken(pixels: Pixels | None, rows: npt.NDArray[np.int64] | Tensor) -> Any:
+    """Images of these rows, if there are any, as they are kept."""
+    return [pixels[i] for i in rows] if isinstance(pixels, list) else None if pixels is None else pixels[rows]
+
+
+def stacked(pixels: Pixels, rows: Tensor) -> Tensor:
+    """Images of these rows, which have one size, as one tensor."""
+    return torch.stack([pixels[i] for i in rows]) if isinstance(pixels, list) else pixels[rows]

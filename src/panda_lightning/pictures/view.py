@@ -1,6 +1,6 @@
 """How an image is resized, and its mask."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from panda_lightning.pictures.pixels import Opened, Source, frame, opened, read_mask
+from panda_lightning.types import PandaError
 
 Crop = Literal["center", "squash", "none"]
 MapSize = Literal["view", "original"]  # whether maps have the pixels of what the network saw, or the image's own
@@ -83,6 +84,25 @@ class View:
         interpolation, before, intensity = (words[name] for name in ("interpolation", "before", "intensity"))
         multiple = words.get("multiple", 1)
         return cls(size, words["crop"], resize, interpolation, before, intensity, None, max_megapixels, multiple)
+
+    @classmethod
+    def asked(cls, size: int | Sequence[int], crop: Crop, resize: int | None, *others: Any) -> Self:
+        """The view that arguments of a data module ask for; ``others`` follow in the order of the attributes.
+
+        Raises:
+            PandaError: If ``resize`` is smaller than what is cut out, or ``crop=none`` has two sides.
+        """
+        sides = (size, size) if isinstance(size, int) else (size[0], size[1])
+        least = min(sides)
+        if crop == "none" and not isinstance(size, int):
+            raise PandaError(
+                f"crop=none keeps each image's own shape, but image_size={list(sides)} is a fixed shape: give "
+                f"only the shorter side, image_size={least}, or choose crop=center or squash."
+            )
+        resize = round(least / 0.875) if resize is None else resize
+        if resize < least:
+            raise PandaError(f"resize={resize} is smaller than image_size={least}: choose {least} or more.")
+        return cls(least if sides[0] == sides[1] else sides, crop, resize, *others)
 
     @property
     def sides(self) -> tuple[int, int] | None:

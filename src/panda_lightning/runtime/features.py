@@ -11,7 +11,7 @@ from torch import Tensor
 
 from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.systems import widenable
-from panda_lightning.types import Batch, PandaError
+from panda_lightning.types import Batch
 
 T = TypeVar("T")
 
@@ -39,9 +39,6 @@ def extract(
 
     Returns:
         (N, ...) on the trainer's device (float64 where that has it, see runtime/systems.py), in the order of the index.
-
-    Raises:
-        PandaError: If float16 cannot hold them.
     """
     with trainer.precision_plugin.forward_context():
         parts = []
@@ -51,21 +48,6 @@ def extract(
             parts.append((batch["index"].to(values.device), values))
         finish()
     _, features = gather(parts, merged)
-    return require_finite(features)
-
-
-def require_finite(features: Tensor) -> Tensor:
-    """The features of normal images, if float16 holds them where they are in it.
-
-    Raises:
-        PandaError: If it does not.
-    """
-    half = features.dtype == torch.float16 and features.numel()
-    if half and not bool(torch.stack(features.aminmax()).isfinite().all()):
-        raise PandaError(
-            "normal features are too large for float16, which ends at 65504: leave half_bank out, or use "
-            "float32 if this run used half precision."
-        )
     return features
 
 

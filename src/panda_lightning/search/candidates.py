@@ -18,6 +18,7 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # of a product, at most, relative to what it is rounded to
 BLOCK = 2**20  # products that a CPU's caches hold
 FASTER = 1.3  # how many times as fast bfloat16 must be
+NONE = torch.iinfo(torch.int64).max  # comes after all packed ones
 
 
 class Candidates(NamedTuple):
@@ -210,3 +211,20 @@ def _sums_in_float32(device: torch.device) -> bool:
     ones = torch.full((16, 4096), 1 - 2.0**-8, dtype=torch.bfloat16, device=device)
     expected = float(ones[0, 0]) ** 2 * 4096
     return bool(((ones @ ones.T).double().cpu() / expected - 1).abs().max() <= 2.0**-8)
+
+
+def total(bank: Tensor) -> Tensor:
+    """About the sum of all rows (..., D), in float64 (D,): what is less than about their mean loses few digits."""
+    pieces = torch.split(bank, max(1, 2**13 // max(1, math.prod(bank.shape[1:-1]))))
+    sums = [piece.sum(dim=tuple(range(bank.ndim - 1)), dtype=torch.float32) for piece in pieces]
+    return widenable(torch.stack(sums)).sum(dim=0, dtype=torch.float64)
+
+
+def packed(distance: Tensor, row: Tensor) -> Tensor:
+    """Distances that are not negative and their rows in one number each, ordered by distance, then by row."""
+    return (distance.float().view(torch.int32).long() & 0x7FFFFFFF) << 32 | row
+
+
+def unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances and rows of packed ones."""
+    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF

@@ -1,5 +1,6 @@
 """A few points that stand for many: greedy k-centre selection, in memory that is known beforehand."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 from panda_lightning.runtime.float32 import full_float32
 from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.processes import of_each, world_size
+from panda_lightning.types import PandaError
 
 PROJECTED = 128  # dimensions in which distances are taken
 FARTHEST = 1 / 32  # share of the points, at least 256, among which choices are made between looks at all of them
@@ -253,6 +255,8 @@ class _Distances:
             top = self.now.topk(min(self._count + 1, count))
             values = self._of_all(top.values, self._count + 1)[: self._count + 1]
             largest, found = float(values[0]), int((values > bound).sum())
+            if math.isnan(largest):
+                raise PandaError("values of these points are no numbers, or too large for distances in float32.")
             if largest >= bound and (4 * found >= self._count or bound == before):
                 break
             before = bound

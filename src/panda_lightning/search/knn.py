@@ -8,16 +8,14 @@ from torch import Tensor
 
 from panda_lightning.arguments import Checked, Number
 from panda_lightning.runtime.float32 import full_float32
-from panda_lightning.runtime.systems import widenable
 from panda_lightning.search import with_faiss
-from panda_lightning.search.candidates import Candidates, Products, products_type, reach
+from panda_lightning.search.candidates import NONE, Candidates, Products, packed, products_type, total, unpacked
 from panda_lightning.types import PandaError
 
 Backend = Literal["auto", "torch", "faiss"]
 MANY = 64  # groups of a query that are looked at together with those of others
 DEAR = 48  # a difference takes so many times as long as a product: where it is more, bfloat16 saves nothing
 TRIAL = 32  # queries that show what bfloat16 is worth
-NONE = torch.iinfo(torch.int64).max  # comes after all packed ones
 
 
 class KNNIndex(Checked):
@@ -203,23 +201,14 @@ class KNNIndex(Checked):
         """The k nearest, packed (B, k), and whether they are all there; NONE where candidates may lack one."""
         assert self._faiss is not None
         count = min(k + self.EXTRA, self._rows, with_faiss.most(self._faiss))
-        dim, found = queries.shape[1], []
-        for some in torch.split(queries, max(1, int(self.memory_mb * 2**20) // (8 * count * dim))):
-            if k > count:
-                found.append(torch.full((len(some), k), NONE, device=some.device))
-                continue
-            centred = some - self._mean
-            distance, near = with_faiss.nearest(centred, self._faiss, count)
-            pieces = (torch.split(t, max(1, self._block // (count * dim))) for t in (some, near))
+        keys = torch.full((len(queries), k), NONE, device=queries.device)
+        one = count * queries.shape[1]  # numbers in the differences of a query
+        chunks = (torch.split(t, max(1, int(self.memory_mb * 2**17) // one)) for t in (queries, keys))
+        for some, into in zip(*chunks, strict=True) if k <= count else ():
+            near, sure = with_faiss.candidates(some - self._mean, self._faiss, k, count)
+            pieces = (torch.split(t, max(1, self._block // one)) for t in (some, near))
             exact = torch.cat([self._distances(*piece) for piece in zip(*pieces, strict=True)])
-            keys = packed(exact, near).topk(k, largest=False).values
-            keys[~distance.isfinite().all(dim=1)] = NONE
-            if count < self._rows:
-                wide, norm = (widenable(t).double() for t in (distance, torch.linalg.vector_norm(centred, dim=1)))
-                most = reach(dim, torch.float32, wide[:, k - 1], norm, torch.zeros_like(norm), norm.new_zeros(()))
-                keys[(wide[:, -1] <= most).to(keys.device)] = NONE
-            found.append(keys)
-        keys = torch.cat(found)
+            into.copy_(torch.where(sure.unsqueeze(1), packed(exact, near).topk(k, largest=False).values, NONE))
         return keys, not bool((keys == NONE).any())
 
     # ---- a bank of which each process may hold a part: see search/sharded.py; here each has all of it
@@ -248,20 +237,3 @@ class KNNIndex(Checked):
             raise PandaError(
                 f"k={k} neighbours cannot be found in a bank of {len(self)} normal images: choose 1 to {len(self)}."
             )
-
-
-def total(bank: Tensor) -> Tensor:
-    """About the sum of all rows (..., D), in float64 (D,): what is less than about their mean loses few digits."""
-    pieces = torch.split(bank, max(1, 2**13 // max(1, math.prod(bank.shape[1:-1]))))
-    sums = [piece.sum(dim=tuple(range(bank.ndim - 1)), dtype=torch.float32) for piece in pieces]
-    return widenable(torch.stack(sums)).sum(dim=0, dtype=torch.float64)
-
-
-def packed(distance: Tensor, row: Tensor) -> Tensor:
-    """Distances that are not negative and their rows in one number each, ordered by distance, then by row."""
-    return (distance.float().view(torch.int32).long() & 0x7FFFFFFF) << 32 | row
-
-
-def unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The distances and rows of packed ones."""
-    return (keys >> 32).int().view(torch.float32), keys & 0xFFFFFFFF

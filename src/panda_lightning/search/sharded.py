@@ -10,7 +10,8 @@ from typing_extensions import override
 from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.processes import of_each, sum_of_all, world_size
 from panda_lightning.runtime.systems import wide_device
-from panda_lightning.search.knn import KNNIndex, packed, total, unpacked
+from panda_lightning.search.candidates import packed, total, unpacked
+from panda_lightning.search.knn import KNNIndex
 
 
 class ShardedIndex(KNNIndex):

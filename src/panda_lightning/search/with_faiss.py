@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from panda_lightning.runtime.systems import widenable
+from panda_lightning.search.candidates import reach
 from panda_lightning.types import PandaError
 
 
@@ -43,6 +45,18 @@ def nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found = faiss.knn(queries.numpy(), bank.numpy(), count)
     distance, near = (torch.as_tensor(t) for t in found)
     return distance.masked_fill(near < 0, torch.inf), near.clamp(min=0)
+
+
+def candidates(queries: Tensor, bank: Tensor, k: int, count: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, count) near queries (B, D), both less the bank's mean, and whether the k nearest are among them (B,)."""
+    distance, near = nearest(queries, bank, count)
+    sure = distance.isfinite().all(dim=1)
+    if count < len(bank):
+        wide, norm = (widenable(t).double() for t in (distance, torch.linalg.vector_norm(queries, dim=1)))
+        zero = torch.zeros_like(norm)
+        most = reach(queries.shape[1], torch.float32, wide[:, k - 1], norm, zero, zero[:1])
+        sure &= (wide[:, -1] > most).to(sure.device)
+    return near, sure
 
 
 @cache

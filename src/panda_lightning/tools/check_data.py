@@ -27,8 +27,8 @@ from rich.table import Table
 from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.base import Split
-from panda_lightning.pictures.images import Images, looks
-from panda_lightning.pictures.looking import Facts, remarks
+from panda_lightning.pictures.images import Images
+from panda_lightning.pictures.looking import Facts, looks, remarks
 from panda_lightning.pictures.shapes import shapes
 from panda_lightning.runtime.sizes import in_words
 from panda_lightning.runtime.whole import new_file
@@ -164,7 +164,9 @@ def check(data: AnomalyDataModule, sheet: Path) -> list[str]:
 
 def _survey(data: AnomalyDataModule, split: Split, images: Images) -> Survey:
     names = data.names(images) if len(images) and isinstance(images.sources[0], Path) else _rows(len(images))
-    facts = [seen.facts for seen in looks(images, data.view, f"Checking {split} images", extremes=True)]
+    facts = [
+        seen.facts for seen in looks(images.sources, images.masks, data.view, f"Checking {split} images", extremes=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(_digest, images.sources))
     problems, notes = remarks(images.sources, images.masks, facts, data.view)

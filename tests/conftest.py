@@ -1,5 +1,6 @@
 """What the tests share. Nothing here needs network, GPU or ../shared."""
 
+import gc
 import json
 import operator
 import os
@@ -17,6 +18,12 @@ import torch
 from PIL import Image
 
 SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """Searches for garbage do not go through all that imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

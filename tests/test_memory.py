@@ -15,25 +15,35 @@ def tensors():
     return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]  # not fake ones
 
 
-def alive(before, *shape):
-    """Tensors of this shape with memory of their own that came since then."""
-    there = {one.untyped_storage().data_ptr() for one in tensors() if tuple(one.shape) == shape}
-    return len(there - {one.untyped_storage().data_ptr() for one in before})
+def alive(*shapes):
+    """How many tensors of each shape are there with memory of their own."""
+    there = tensors()
+    return [len({one.untyped_storage().data_ptr() for one in there if tuple(one.shape) == shape}) for shape in shapes]
 
 
+@pytest.fixture
+def _unseen():
+    """What is there before the test is not counted, nor looked through again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_unseen")
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"shard_bank": True}, {"index_backend": "torch"}])
 def test_a_bank_goes_before_the_next_is_made_and_epochs_add_nothing(options, tmp_path):
     folder = make_folder(tmp_path / "images", train=11)
     detector = panda.PANDA("panda_tiny", ewc_weight=100, fisher="ones", grad_clip=1.0, **options)
     data = panda.ImageFolder(str(folder), normal_class="spot", image_size=32, batch_size=4)
-    while_made, after, before = [], [], tensors()  # which other tests have left
+    while_made, after = [], []
 
     class Count(pl.Callback):
         def setup(self, trainer, pl_module, stage):
             make = pl_module.make_bank
 
             def counted():
-                while_made.append(alive(before, 11, pl_module.backbone.num_features))
+                while_made.extend(alive((11, pl_module.backbone.num_features)))
                 return make()
 
             pl_module.make_bank = counted
@@ -41,7 +51,7 @@ def test_a_bank_goes_before_the_next_is_made_and_epochs_add_nothing(options, tmp
         def on_train_epoch_start(self, trainer, pl_module):
             hidden = data._shown["normal training"].hidden
             products = pl_module.index._products.rows
-            after.append([alive(before, *shape) for shape in (pl_module.bank.shape, products.shape, hidden.shape)])
+            after.append(alive(pl_module.bank.shape, products.shape, hidden.shape))
 
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,

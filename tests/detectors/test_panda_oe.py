@@ -100,7 +100,8 @@ def test_the_score_is_the_logit_also_from_a_checkpoint(folder, tmp_path, many):
 
 def test_outliers_are_asked_for_and_refused_in_a_sentence(folder, tmp_path, many):
     with pytest.raises(PandaError, match=r"outlier exposure needs images .* set data.outliers"):
-        trainer(tmp_path).fit(PANDAOE("panda_tiny"), data(folder))
+        trainer(tmp_path).fit(PANDAOE("panda_tiny"), module := data(folder))
+    assert not module.decoded  # it is said before any work
     with pytest.raises(PandaError, match=r"would be ignored, because PANDA-EWC learns only from normal images"):
         trainer(tmp_path).fit(PANDA("panda_tiny"), data(folder, outliers=many))
     trainer(tmp_path).test(DN2("panda_tiny"), data(folder, outliers=many), verbose=False)  # scoring needs none

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import normalize
 from panda_lightning import Backbone, PandaError
 from panda_lightning.networks.adapting import summed
 from panda_lightning.networks.checks import require_size
+from panda_lightning.networks.loading import made_of
 from panda_lightning.runtime.fingerprint import fingerprint
 
 FAMILIES = {  # name: (input size, first adapted parameter, last adapted parameter) with adapt_stages=2
@@ -319,7 +320,7 @@ def test_tokens_are_pooled_as_asked(name):
         torch.testing.assert_close(avg(images), expected[1])
         torch.testing.assert_close(both(images), torch.cat(expected, dim=1))
     assert (token.num_features, both.num_features) == (model.num_features, 2 * model.num_features)
-    assert fingerprint(token.made_of()) == fingerprint(both.made_of())  # of the same weights
+    assert fingerprint(made_of(token)) == fingerprint(made_of(both))  # of the same weights
     assert Backbone.from_config(both.config, 2).pool == "both"
     assert Backbone.from_config(both.config, 2, pool="avg").pool == "avg"
 

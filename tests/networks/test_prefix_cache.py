@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from panda_lightning import PandaError
 from panda_lightning.datamodules.loaders import ShardedSampler
+from panda_lightning.networks import prefix_cache
 from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is
 from panda_lightning.pictures.view import View
@@ -31,12 +32,17 @@ class Layer:
     def __init__(self, weight=WEIGHT, optimize="plain"):
         self.weight, self.optimize, self.seen = weight, optimize, 0
 
-    def made_of(self, frozen):
-        return {"weight": self.weight} if frozen else pytest.fail("adapted weights do not matter")
-
     def prefix(self, images):
         self.seen += len(images)
         return conv2d(images.float(), self.weight, stride=4)
+
+
+@pytest.fixture(autouse=True)
+def _made_of(monkeypatch):
+    def made_of(layer, frozen=False):
+        return {"weight": layer.weight} if frozen else pytest.fail("adapted weights do not matter")
+
+    monkeypatch.setattr(prefix_cache, "made_of", made_of)
 
 
 class Wide(Layer):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from panda_lightning import ImageFolder, PandaError
-from panda_lightning.pictures import images as module
+from panda_lightning.pictures import looking
 from panda_lightning.pictures.images import GAP, Images
 from tests.conftest import make_folder, make_mixed
 
@@ -88,7 +88,7 @@ def test_fingerprints_are_those_that_checkpoints_hold(tmp_path):
 
 def test_of_many_files_on_disk_some_are_looked_at_beforehand(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(module, "SAMPLE", 4)
+    monkeypatch.setattr(looking, "SAMPLE", 4)
     options = {"root": str(make_folder(tmp_path)), "normal_class": "spot", "memory_gb": 0, "num_workers": 0}
     whole = (tmp_path / "train/spot/001.png").read_bytes()
     (tmp_path / "train/spot/001.png").write_bytes(whole[: len(whole) // 2])

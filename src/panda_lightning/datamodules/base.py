@@ -20,7 +20,8 @@ from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler,
 from panda_lightning.datamodules.manifest import manifest, write_manifest
 from panda_lightning.datamodules.origin import origin_of
 from panda_lightning.datamodules.outliers import beside, outlier_images
-from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is, decoded, looked_at
+from panda_lightning.pictures.images import Decoded, ImageDataset, Images, as_is, decoded
+from panda_lightning.pictures.looking import looked_at
 from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.pictures.shapes import kinds, shapes
 from panda_lightning.pictures.view import Crop, View

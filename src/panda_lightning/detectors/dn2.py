@@ -14,7 +14,6 @@ from panda_lightning.detectors.explaining import nearest_images
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Pool
 from panda_lightning.networks.folding import Optimize
-from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract
 from panda_lightning.search.coreset import kmeans
@@ -107,12 +106,6 @@ class DN2(CalibratedByNeighbours, PretrainedDetector):
     def accept(self, data: Any) -> None:
         super().accept(data)
         require_neighbours(self, data)
-
-    @override
-    def on_test_start(self) -> None:
-        if self.prefix_cache_dir is not None and not self.learns:  # `panda table` asks for it: runs share test images
-            for loader in (self.data.normal_dataloader(), self.data.test_dataloader()):
-                cache_prefix(self.trainer, self.backbone, loader, 0, False, self.prefix_cache_dir)
 
     # ---- the bank ------------------------------------------------------------------------------------------------
 

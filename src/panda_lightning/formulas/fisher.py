@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from panda_lightning.networks.adapting import is_low_rank, plain
 from panda_lightning.networks.backbones import Backbone
+from panda_lightning.networks.loading import made_of
 from panda_lightning.runtime.checkpoints import read_tensors
 from panda_lightning.runtime.derived import mapped
 from panda_lightning.runtime.fingerprint import fingerprint
@@ -331,7 +332,7 @@ def header(path: str | Path) -> dict[str, str]:
 
 def weights_name(backbone: Backbone) -> str:
     """A short name of the network, weights and preprocessing, which the files made from it carry."""
-    return fingerprint(backbone.made_of())
+    return fingerprint(made_of(backbone))
 
 
 def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = False) -> None:
@@ -356,6 +357,6 @@ def save(diagonal: Diagonal, path: Path, metadata: dict[str, str], half: bool = 
 def cache_path(backbone: Backbone, dataset: Any, precision: str) -> Path:
     """Where an estimate is kept: a name made of the network, the adapted layers and the very pixels used."""
     rule = (f"per-sample, {DRAWN[without_labels(backbone)]}, seed 0", list(backbone.adapted()), precision)
-    name = fingerprint(rule, backbone.made_of(), backbone.pool, dataset)
+    name = fingerprint(rule, made_of(backbone), backbone.pool, dataset)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "panda-lightning" / "fisher" / f"{backbone.architecture}-{name}.safetensors"

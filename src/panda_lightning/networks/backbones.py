@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from panda_lightning.networks import checks
-from panda_lightning.networks.adapting import Adapt, plain, stages, summed, train_only
+from panda_lightning.networks.adapting import Adapt, plain, stages, train_only
 from panda_lightning.networks.folding import Computed, Optimize
 from panda_lightning.networks.loading import built, pretrained
 from panda_lightning.networks.splitting import Outputs, first_part, followed, second_part, stride
@@ -172,23 +172,6 @@ class Backbone(nn.Module):
     def splits(self) -> bool:
         """Whether the frozen layers can be computed apart."""
         return self.flow.entry is None or self.flow.splits
-
-    def made_of(self, frozen: bool = False) -> dict[str, Any]:
-        """All that features depend on but ``pool``: weights, preprocessing, and how timm builds the network.
-
-        Args:
-            frozen: Only what the output of ``prefix`` depends on.
-        """
-        trained = self.trained() if frozen else {}
-        weights = summed({name: t for name, t in self.model.state_dict().items() if name not in trained})
-        return {
-            "weights": dict(sorted(weights.items())),  # whose order is another with adapt=lora
-            "to": self.flow.entry if frozen else None,
-            "architecture": self.architecture,
-            "args": self.model_args,
-            "mean": self.mean,
-            "std": self.std,
-        }
 
     def prefix(self, images: Tensor) -> Tensor:
         """Normalise and pass the frozen layers; what has passed them before is returned as it is.

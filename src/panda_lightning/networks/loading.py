@@ -114,6 +114,25 @@ def _in_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, summed(state)
 
 
+def made_of(backbone: Any, frozen: bool = False) -> dict[str, Any]:
+    """All that a Backbone's features depend on but ``pool``: weights, preprocessing, and how timm builds the network.
+
+    Args:
+        backbone: The Backbone.
+        frozen: Only what the output of its ``prefix`` depends on.
+    """
+    trained = backbone.trained() if frozen else {}
+    weights = summed({name: t for name, t in backbone.model.state_dict().items() if name not in trained})
+    return {
+        "weights": dict(sorted(weights.items())),  # whose order is another with adapt=lora
+        "to": backbone.flow.entry if frozen else None,
+        "architecture": backbone.architecture,
+        "args": backbone.model_args,
+        "mean": backbone.mean,
+        "std": backbone.std,
+    }
+
+
 def _architecture(source: str) -> tuple[str, dict[str, Any]]:
     """Timm's name of the architecture and the arguments beyond it that its config.json gives."""
     kind, _, rest = source.partition(":")

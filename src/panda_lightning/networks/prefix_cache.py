@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from panda_lightning.networks.backbones import Backbone
 from panda_lightning.networks.checks import may_be_cached
+from panda_lightning.networks.loading import made_of
 from panda_lightning.runtime.features import on_device
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.gathering import gather
@@ -60,8 +61,8 @@ def cache_prefix(
     path, room = None, budget
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        made_of = (backbone.made_of(frozen=True), backbone.pool, backbone.optimize)
-        name = fingerprint(RULE, *made_of, dataset, dtype, trainer.precision)
+        layers = (made_of(backbone, frozen=True), backbone.pool, backbone.optimize)
+        name = fingerprint(RULE, *layers, dataset, dtype, trainer.precision)
         path = Path(folder) / f"{backbone.architecture}-{name}.hidden"
         room = needed if path.is_file() else shutil.disk_usage(folder).free
     if not strategy.reduce_boolean_decision(needed <= room):

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from panda_lightning.pictures.layout import Files, readable, relative
-from panda_lightning.pictures.looking import Facts, looks, pixels_of, readable_rows, remarks, say
+from panda_lightning.pictures.looking import Facts, looked_at, looks, pixels_of, readable_rows, remarks, say
 from panda_lightning.pictures.shapes import Pixels, batches, empty, kinds, shapes, stacked, taken
 from panda_lightning.pictures.view import View
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.types import Batch, PandaError
 
 GAP = -2  # a row that is none: a batch of one size that is not full; see loaders.ShardedSampler
-
-SAMPLE = 5000  # of files that stay on disk so many are looked at beforehand: some 40 s on two processors
 
 
 @dataclass(frozen=True)
@@ -162,17 +160,6 @@ def decoded(
     if len(good) == count:
         return Decoded(images, good, pixels, masks, sides)
     return Decoded(images.take(good), good, taken(pixels, good), taken(masks, good), sides[good])
-
-
-def looked_at(images: Images, in_memory: bool, skip_unreadable: bool) -> Images:
-    """Those that ``decoded`` reads: all, or of many files that stay on disk some, evenly spaced, and what is empty."""
-    count = len(images)
-    if count <= SAMPLE or in_memory or skip_unreadable or not isinstance(images.sources[0], Path):
-        return images
-    rows = np.linspace(0, count - 1, SAMPLE).round().astype(np.int64)
-    if isinstance(images.sources, Files):
-        rows = np.union1d(rows, np.flatnonzero(images.sources.sizes == 0))
-    return images.take(rows)
 
 
 class ImageDataset(Dataset[Batch]):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from typing_extensions import override
@@ -32,7 +33,8 @@ from panda_lightning.cli import PandaCLI, run
 from panda_lightning.command.endings import silence
 from panda_lightning.command.parser import VERSION
 from panda_lightning.datamodules import AnomalyDataModule
-from panda_lightning.detectors import Detector
+from panda_lightning.detectors import DN2, Detector
+from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.systems import TRY_AGAIN, heritable
 from panda_lightning.runtime.whole import held, new_file
@@ -255,18 +257,32 @@ class Rows:
             @override
             def after_instantiate_classes(self) -> None:
                 super().after_instantiate_classes()
+                callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
                 if self.trainer.world_size > 1 and __name__ != "__main__":
                     raise SeveralDevicesError
                 if isinstance(self.model, Detector):
                     self.model.prefix_cache_dir = cache
+                if isinstance(self.model, DN2) and not self.model.learns:
+                    callbacks.append(_FeaturesOnce(cache))
                 if isinstance(self.datamodule, AnomalyDataModule):
                     self.datamodule.decoded = shared.setdefault(type(self.datamodule), self.datamodule.decoded)
-                callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
                 callbacks.append(Report(pictures=False))  # the table's page shows them
                 if self.config.subcommand == "fit" and not any(isinstance(c, SaveOnSignal) for c in callbacks):
                     callbacks.insert(0, SaveOnSignal())  # a table that is told to end loses no epoch
 
         return Sharing
+
+
+class _FeaturesOnce(pl.Callback):
+    """Keeps the features of a method that trains nothing: for other rows they are those of the frozen layers."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for loader in (pl_module.data.normal_dataloader(), pl_module.data.test_dataloader()):
+            cache_prefix(trainer, pl_module.backbone, loader, 0, False, self._folder)
 
 
 def _save(path: Path, **arrays: Any) -> None:

@@ -120,6 +120,20 @@ def test_a_budget_makes_the_choice_in_chunks(tmp_path, caplog, few_mib):
         assert (of_image - row).abs().amax(dim=1).min() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("std", "half", "sentence"),
+    [(1e-8, True, "too large for float16"), (torch.nan, False, "are not all finite numbers")],
+)
+@pytest.mark.usefixtures("few_mib")
+def test_chunks_say_what_a_bank_cannot_hold(tmp_path, std, half, sentence):
+    detector = PatchCore("panda_tiny", coreset=0.02, coreset_gb=(180 if half else 350) * 2**10 / 2**30, half_bank=half)
+    detector.load_backbone()
+    with torch.no_grad():
+        detector.backbone.std *= std
+    with pytest.raises(PandaError, match=sentence):
+        trainer(tmp_path).test(detector, mvtec(tmp_path), verbose=False)
+
+
 def test_a_budget_that_is_enough_changes_nothing(tmp_path):
     banks = []
     for budget in (None, 1.0):

@@ -5,7 +5,6 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
 
-from panda_lightning.datamodules.outliers import outlier_source
 from panda_lightning.pictures.images import Images
 from panda_lightning.runtime.sizes import in_words
 from panda_lightning.types import PandaError
@@ -51,8 +50,6 @@ def require_images(data: Any, stage: str, world: int) -> None:
         raise PandaError(
             f"{type(data).__name__} has a single training image of the normal class {_normal(data)}: give 2 or more."
         )
-    if stage == "fit" and getattr(data._detector, "OUTLIERS", False):
-        outlier_source(data)  # which says what is missing
     if stage == "fit" and data.batch_size % world:
         raise PandaError(f"batch_size={data.batch_size} is shared by {world} processes: choose a multiple of {world}.")
 

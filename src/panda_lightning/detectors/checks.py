@@ -27,10 +27,6 @@ def require_possible(detector: Any) -> None:
         )
     for name, hint in (("accumulate_grad_batches", Count), ("check_val_every_n_epoch", Count | None)):
         require(f"trainer.{name}", getattr(trainer, name), hint)
-    if trainer.gradient_clip_val is not None and hasattr(detector, "grad_clip"):
-        raise PandaError(
-            f"trainer.gradient_clip_val={trainer.gradient_clip_val} would be ignored: set model.grad_clip."
-        )
     require_options(trainer)
 
 
@@ -183,9 +179,10 @@ def require_finite(detector: Any, most: Tensor) -> None:
         PandaError: Saying what to do.
     """
     limit = torch.finfo(torch.float16 if detector.half_bank else torch.float32).max
-    if detector.trainer.strategy.reduce_boolean_decision(bool(most <= limit)):
+    strategy = detector.trainer.strategy
+    if strategy.reduce_boolean_decision(bool(most <= limit)):
         return
-    if detector.half_bank:
+    if detector.half_bank and not strategy.reduce_boolean_decision(bool(most.isnan()), all=False):
         raise PandaError(
             "normal features are too large for float16, which ends at 65504: leave half_bank out, or use "
             "float32 if this run used half precision."

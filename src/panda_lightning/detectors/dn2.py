@@ -77,8 +77,7 @@ class DN2(CalibratedByNeighbours, PretrainedDetector):
         super().__init__(backbone, weights, optimize)
         self.pool = pool
         self.save_hyperparameters()
-        self.k = k
-        self.normalize = normalize
+        self.k, self.normalize = k, normalize
         if centroids is not None and centroids < k:
             raise PandaError(f"centroids={centroids} are fewer than k={k} neighbours: choose {k} or more.")
         if centroids is not None and shard_bank:

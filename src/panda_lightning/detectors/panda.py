@@ -114,8 +114,7 @@ class PANDA(DN2):
             prefix_cache_dir,
         )  # fmt: skip
         self.normalize_loss = normalize_loss
-        self.ewc_weight = ewc_weight
-        self.fisher_source = fisher
+        self.ewc_weight, self.fisher_source = ewc_weight, fisher
 
     @property
     @override

@@ -107,7 +107,8 @@ class PANDAOE(PretrainedDetector):
 
     @override
     def cached_dataloaders(self) -> list[DataLoader[Batch]]:
-        return [*super().cached_dataloaders(), self.data.outlier_dataloader()]
+        outliers = self.data.outlier_dataloader()  # first: where there are none, it is said before images are decoded
+        return [*super().cached_dataloaders(), outliers]
 
     @override
     def set_extra_state(self, state: dict[str, Any]) -> None:

@@ -164,8 +164,12 @@ def collected(detector: Any, portion: int, into: Points | Reduced) -> tuple[Tens
     def take(part: Any, numbers: list[int]) -> None:  # whose patches are gone when the next pass the network
         for number, patches in zip(numbers, detector.embed(part), strict=True):
             if number >= 0:
-                into.append(patches)
                 torch.maximum(most, torch.stack(patches.aminmax()).abs().amax(), out=most)  # NaN stays
+                try:
+                    into.append(patches)
+                except PandaError:  # a choice among them, in chunks, which one process makes alone
+                    require_finite(detector, most)
+                    raise
                 seen.append((number, len(patches)))
 
     loader = detector.data.normal_dataloader()

@@ -18,7 +18,7 @@ from panda_lightning.networks.folding import Optimize
 from panda_lightning.networks.loading import fisher_beside
 from panda_lightning.networks.prefix_cache import cache_prefix
 from panda_lightning.runtime.whole import require_folder
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 
 class PretrainedDetector(Detector):
@@ -58,9 +58,8 @@ class PretrainedDetector(Detector):
         """Say what is adapted and how; a method that learns calls it in its constructor."""
         self.adapt_stages, self.adapt, self.lora_rank = stages, adapt, lora_rank
         self.lr, self.momentum, self.weight_decay, self.grad_clip = lr, momentum, weight_decay, grad_clip
-        self.prefix_cache_gb = prefix_cache_gb
+        self.prefix_cache_gb, self.prefix_cache_dir = prefix_cache_gb, prefix_cache_dir
         self.prefix_cache_half = prefix_cache_half
-        self.prefix_cache_dir = prefix_cache_dir
 
     def embed(self, batch: Batch) -> Tensor:
         """Features (B, D) of a batch of images."""
@@ -140,6 +139,10 @@ class PretrainedDetector(Detector):
 
     @override
     def configure_optimizers(self) -> Optimizer:
+        if self.trainer.gradient_clip_val is not None:
+            raise PandaError(
+                f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} would be ignored: set model.grad_clip."
+            )
         return SGD(self.trained(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     @override

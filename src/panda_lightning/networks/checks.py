@@ -96,7 +96,7 @@ def require_several_sizes(backbone: Any) -> None:
 
 
 def may_be_cached(backbone: Any, dataset: Any) -> bool:
-    """Whether what the frozen layers make of a data set's images can be kept; says once why not."""
+    """Whether what the frozen layers make of a data set's images can be kept; says why not."""
     if not backbone.splits:
         _say_once(
             f"{backbone.architecture} cannot be computed in two parts, so its frozen layers are not cached: "

@@ -256,7 +256,10 @@ class _Distances:
             values = self._of_all(top.values, self._count + 1)[: self._count + 1]
             largest, found = float(values[0]), int((values > bound).sum())
             if math.isnan(largest):
-                raise PandaError("values of these points are no numbers, or too large for distances in float32.")
+                raise PandaError(
+                    "some of these points have no distances, since their values are not numbers, or too large for "
+                    "float32: check the network's weights."
+                )
             if largest >= bound and (4 * found >= self._count or bound == before):
                 break
             before = bound

@@ -119,6 +119,15 @@ def test_two_processes_share_the_work_of_a_folder(study, workdir):
     assert len(list((workdir / "table/rows").glob("*.json"))) == len(study)
 
 
+def test_rows_made_two_at_a_time_are_the_same(study, workdir):
+    list(Rows(workdir / "one").make(study))
+    made = dict(Rows(workdir / "two").make(study, jobs=2))
+    assert set(made) == set(study)
+    assert all(found.row == row for row, found in made.items())
+    assert curves("one") == curves("two")
+    assert [found for _, found in Rows(workdir / "two").make(study, jobs=2)] == [None] * 6
+
+
 def test_rows_say_what_made_them(study, workdir):
     list(Rows(workdir / "table").make(study[:1]))
     known = json.loads(next((workdir / "table/rows").glob("*.json")).read_text())

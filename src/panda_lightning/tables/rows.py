@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from panda_lightning.runtime.systems import TRY_AGAIN, heritable
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
 from panda_lightning.tables.plan import Row
+from panda_lightning.tables.workers import done_by
 from panda_lightning.types import PandaError
 
 # a method's own number: the first there is
@@ -124,20 +125,23 @@ class Rows:
         path = self.folder / "hardest" / f"{row.name}.npz"
         return _arrays(path) if path.is_file() else {}
 
-    def make(self, rows: Sequence[Row], again: bool = False) -> Iterator[tuple[Row, Found | None]]:
-        """Run what is missing, in order; None stands for a row that was there, or that another process is making.
+    def make(self, rows: Sequence[Row], again: bool = False, jobs: int = 1) -> Iterator[tuple[Row, Found | None]]:
+        """Run what is missing; None stands for a row that was there, or that another process is making.
 
         Args:
-            rows: Which.
+            rows: Which; they come in order where one is made at a time.
             again: Also rows that failed before.
+            jobs: How many to make at a time, each in a process of its own.
         """
-        for row in rows:
-            path, lock = self.path(row), self.folder / "locks" / row.name
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with held(lock) as mine:
-                failed = again and path.is_file() and self._read(path).error
-                found = self._made(row, mine) if mine and (failed or not path.is_file()) else None
-            yield row, found
+        one = partial(self._one, again)
+        yield from map(one, rows) if jobs == 1 else done_by(jobs, one, rows)
+
+    def _one(self, again: bool, row: Row) -> tuple[Row, Found | None]:
+        path, lock = self.path(row), self.folder / "locks" / row.name
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with held(lock) as mine:
+            failed = again and path.is_file() and self._read(path).error
+            return row, self._made(row, mine) if mine and (failed or not path.is_file()) else None
 
     def _made(self, row: Row, lock: int | None = None) -> Found:
         """Run it and write what came out; of several processes, the first writes."""
@@ -191,7 +195,7 @@ class Rows:
         words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
                  "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
         words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
-        cli = run(words, self._sharing(row.words[0]))
+        cli = run(words, self._sharing())
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
         log_dir = Path(trainer.log_dir or "")  # asks all processes
         if not trainer.is_global_zero:
@@ -244,16 +248,11 @@ class Rows:
                 points.setdefault(float(row["epochs_trained"]), float(row[key]))
         return sorted(points.items())
 
-    def _sharing(self, verb: str) -> type[PandaCLI]:
+    def _sharing(self) -> type[PandaCLI]:
         """A command line whose runs share decoded images, and what frozen layers make of them."""
         shared, cache = self._decoded, str(self.folder / "shared")
 
         class Sharing(PandaCLI):
-            @staticmethod
-            @override
-            def subcommands() -> dict[str, set[str]]:
-                return {verb: PandaCLI.subcommands()[verb]}  # the parsers of the others take a quarter of a second
-
             @override
             def after_instantiate_classes(self) -> None:
                 super().after_instantiate_classes()

@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from panda_lightning.arguments import subclasses
+from panda_lightning.arguments import Count, subclasses
 from panda_lightning.command.parser import OneSentenceParser
 from panda_lightning.formulas import uncertainty
 from panda_lightning.runtime.whole import new_file
@@ -63,6 +63,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--folder", type=Path | None, default=None, help="Folder for all files; by default tables/<data set>.")
     add("--loggers", type=Listed, default="", help="Besides CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
     add("--shard", type=str | None, default=None, help="Run only the i-th of n parts: i/n.")
+    add("--jobs", type=Count, default=1, help="Rows to run at a time; each has its share of the CPU and the GPUs.")
     add("--again", type=bool, default=False, help="Run failed rows again.")
     add("--run", type=bool, default=True, help="false: run nothing, and write the table of the finished rows.")
     add("--merge", type=Listed, default="", help="Copy the rows of these folders into --folder, and run nothing.")
@@ -85,7 +86,7 @@ def run(config: Namespace) -> int:
     if rows.folder.exists() and not rows.folder.is_dir():
         raise PandaError(f"--folder={rows.folder} is a file: name a folder.")
     if config.run:
-        _make(rows, spread(plan, config.shard), config.again)
+        _make(rows, spread(plan, config.shard), config.again, config.jobs)
     return _written(rows, plan, config)
 
 
@@ -174,11 +175,11 @@ class Expected:
     def _shared(one: Found, what: str) -> float:
         return sum(work.seconds for work in one.work if what in work.what)
 
-    def left(self, rows: Sequence[Row]) -> tuple[float, list[str]]:
-        """How long they all take, in seconds, but for those of the methods that are named."""
+    def left(self, rows: Sequence[Row], jobs: int = 1) -> tuple[float, list[str]]:
+        """How long they all take, so many at a time, in seconds, but for those of the methods that are named."""
         times = {row.name: self.seconds(row) for row in rows}
         unknown = list(dict.fromkeys(row.column for row in rows if times[row.name] is None))
-        return sum(seconds for seconds in times.values() if seconds is not None), unknown
+        return sum(seconds for seconds in times.values() if seconds is not None) / jobs, unknown
 
 
 def _time(seconds: float) -> str:
@@ -188,33 +189,35 @@ def _time(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _make(rows: Rows, plan: Sequence[Row], again: bool) -> None:
-    """Run them with a bar for the whole, and below it the run of the moment; a line for each."""
+def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
+    """Run them with a bar for the whole, and below it the run of the moment, if it is one; a line for each."""
     console = Console(file=sys.stdout)  # runs have theirs redirected
     columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn(), TextColumn("{task.fields[end]}"))
-    there = {row.name for row in plan if rows.path(row).is_file()}
+    waiting = {row.name: row for row in plan if again or not rows.path(row).is_file()}
     expected = Expected(rows.read())
     options: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    at_once = f", {jobs} at a time" if jobs > 1 else ""
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
             whole = progress.add_task("", total=len(plan), end="")
-            single = progress.add_task("", total=None, end="")
-            made = rows.make(plan, again)
-            for number, row in enumerate(plan, 1):
-                left, unknown = expected.left([one for one in plan[number - 1 :] if again or one.name not in there])
+            single = progress.add_task("", total=None, end="", visible=jobs == 1)
+            made = rows.make(plan, again, jobs)
+            for number, row in enumerate(plan):
+                left, unknown = expected.left(list(waiting.values()), jobs)
                 end = time.strftime("%H:%M", time.localtime(time.time() + left))
                 known = f"until about {end}{' at least' if unknown else ''}" if left else ""
-                progress.update(whole, completed=number - 1, description=f"Run {number} of {len(plan)}", end=known)
+                told = f"Run {number + 1} of {len(plan)}{at_once}"
+                progress.update(whole, completed=number, description=told, end=known)
                 own = expected.seconds(row)
                 name = f"{row.normal}, {row.column}, seed {row.seed}"
                 progress.reset(single, total=None, description=name if len(name) <= 34 else f"{name[:33]}…")
                 progress.update(single, end="" if own is None else f"of about {_time(own)}")
-                found = next(made)[1]
+                row, found = next(made)  # another one, where there are several at a time
+                waiting.pop(row.name, None)
                 if found is not None:
                     expected.known += [found] if found.error is None else []
-                    later = [one for one in plan[number:] if again or one.name not in there]
-                    line = f"{_line(rows, found)}{_left(*expected.left(later)) if later else ''}"
-                    console.print(line, soft_wrap=True, markup=False, highlight=False)
+                    rest = _left(*expected.left(list(waiting.values()), jobs)) if waiting else ""
+                    console.print(f"{_line(rows, found)}{rest}", soft_wrap=True, markup=False, highlight=False)
     except (KeyboardInterrupt, SystemExit) as end_of_it:
         done = sum(rows.path(row).is_file() for row in plan)
         console.print(f"Stopped with {done} of {len(plan)} rows: run the same command to continue.", soft_wrap=True)

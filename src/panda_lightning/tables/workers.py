@@ -1,0 +1,123 @@
+"""Things that are done by several processes at a time, each with its share of the machine."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, get_context
+from typing import Any, TypeVar
+
+import torch
+
+from panda_lightning.command.endings import silence
+from panda_lightning.command.words import find_own_classes
+from panda_lightning.runtime.systems import TRY_AGAIN
+
+Thing = TypeVar("Thing")
+Done = TypeVar("Done")
+
+
+def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> Iterator[Done]:
+    """What a function returns for each of some things, as it comes.
+
+    A process that is free takes the next thing. All of them end with this one, at the latest when they are done with
+    the thing in hand; where this one is told to end, they are told so too.
+
+    Args:
+        jobs: How many processes.
+        do: Can be pickled, as can what it takes and returns.
+        things: For which it is called.
+
+    Raises:
+        Exception: What ``do`` raised.
+        SystemExit: With the status of a process that has ended.
+    """
+    context, todo = get_context("spawn"), iter(things)
+    processes: dict[Any, Any] = {}  # by this end of the pipe
+
+    def give(pipe: Any) -> None:
+        with suppress(StopIteration):
+            pipe.send(next(todo))
+            return
+        pipe.close()
+        processes.pop(pipe).join()
+
+    with _ended_by_a_signal():
+        try:
+            for share in _shares(min(jobs, len(things))):
+                mine, theirs = context.Pipe()
+                with _environment(share):
+                    processes[mine] = context.Process(target=_serve, args=(do, theirs))
+                    processes[mine].start()
+                theirs.close()
+                give(mine)
+            while processes:
+                for pipe in connection.wait(list(processes)):
+                    yield _received(pipe, processes)
+                    give(pipe)
+        finally:
+            for process in processes.values():
+                process.terminate()
+            for process in processes.values():
+                process.join()
+
+
+def _serve(do: Callable[[Any], Any], pipe: Any) -> None:
+    silence()
+    find_own_classes()
+    with suppress(EOFError, BrokenPipeError):  # nobody is there any more
+        while True:
+            thing = pipe.recv()
+            try:
+                found: Any = do(thing)
+            except Exception as error:
+                found = error
+            pipe.send(found)
+
+
+def _received(pipe: Any, processes: dict[Any, Any]) -> Any:
+    try:
+        found = pipe.recv()
+    except EOFError:
+        process = processes.pop(pipe)
+        process.join()
+        code = process.exitcode
+        raise SystemExit(128 - code if code < 0 else code or TRY_AGAIN) from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _shares(jobs: int) -> Iterator[dict[str, str]]:
+    """The environment of each process: threads, and GPUs, of which several processes share one where they are few."""
+    threads = max(1, torch.get_num_threads() // max(1, jobs))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    for job in range(jobs):
+        own = gpus[job::jobs] or gpus[job % len(gpus) :][:1] if gpus else []
+        yield {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _ended_by_a_signal() -> Iterator[None]:
+    """SIGTERM ends as Ctrl-C does, by an exception."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -41,6 +41,15 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report.png, which takes half a second, but in tests with the mark ``pictures``."""
+    if "pictures" not in request.keywords:
+        from panda_lightning.callbacks import Report  # not before pytest's log handlers: Lightning looks for them
+
+        monkeypatch.setattr(Report.__init__, "__defaults__", (False,))
+
+
+@pytest.fixture(autouse=True)
 def _no_process_group_left() -> Iterator[None]:
     """A run with several processes tells its rank by the environment: in a later test Lightning would wait for them."""
     yield

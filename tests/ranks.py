@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import panda_lightning as panda
-from panda_lightning.callbacks import SampleWiseEarlyStopping
+from panda_lightning.callbacks import Report, SampleWiseEarlyStopping
 from tests.conftest import SMALL, make_clouds, make_folder, make_mixed, small_network
 from tests.played import nccl
 
@@ -95,7 +95,7 @@ def run(root, world, name, out, where=None):
         **where, devices=world, max_epochs=epochs or 1, logger=False,
         default_root_dir=out, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, precision="64-true" if name in FROM_SCRATCH else "32-true",
-        callbacks=[log, *([ses] if "SES" in name else [])],
+        callbacks=[log, Report(pictures=False), *([ses] if "SES" in name else [])],
     )  # fmt: skip
     detector = make(str(out / "cache") if world > 1 else None)
     if getattr(detector, "backbone_name", None) in SMALL:

@@ -45,7 +45,7 @@ def trainer(folder, epochs=1):
 
 def digits(normal, size, outliers):
     return Digits(
-        normal_class=normal, image_size=size, crop="squash", batch_size=5, train_limit=12, test_limit=60,
+        normal_class=normal, image_size=size, crop="squash", batch_size=5, train_limit=12, test_limit=30,
         outliers=outliers,
     )  # fmt: skip
 

@@ -80,10 +80,8 @@ def test_every_shipped_config_runs(config, variant, run, workdir):
     words = [w for w in words if name not in PIXELS or not w.startswith(("--data.image_size", "--model.backbone"))]
     out = run(*words)
     folder = workdir / "runs" / config.stem / "version_0"
-    assert (folder / "report.png").is_file()
     assert (folder / "checkpoints/last.ckpt").is_file()
     assert list((workdir / "runs/wandb").glob("offline-run-*/*.wandb"))
-    assert "Pictures: runs/" in out
     if trains:
         start = [] if name in (*PIXELS, "oe") else [0.0]
         key = "val/auroc_autoencoder" if name == "deep_svdd" else "val/auroc"  # one epoch is the autoencoder's

@@ -24,6 +24,7 @@ def words(folder, model):
     return [*options, *EXTRA[model]]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("left", [0, 7], ids=["none", "normal"])
 @pytest.mark.parametrize("model", EXTRA)
 def test_normal_images_alone_suffice(tmp_path, run, model, left):

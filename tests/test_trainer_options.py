@@ -145,6 +145,7 @@ def test_a_callback_that_changes_no_number(plain, images, tmp_path, make):
     assert float(shown["val/auroc"]) == 1
 
 
+@pytest.mark.pictures
 def test_a_profile_lies_beside_each_runs_logs_and_none_is_overwritten(images, tmp_path):
     for version in (0, 1):
         profiler = SimpleProfiler(filename="profile")

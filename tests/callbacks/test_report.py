@@ -49,6 +49,7 @@ def fit(tmp_path, folder, epochs, version, ckpt_path=None, callbacks=()):
     return data
 
 
+@pytest.mark.pictures
 def test_a_run_that_died_before_its_report_makes_it_when_it_goes_on(tmp_path, folder, capsys):
     class Dies(pl.Callback):
         def on_fit_end(self, trainer, pl_module):  # after the last checkpoint

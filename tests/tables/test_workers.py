@@ -18,7 +18,7 @@ def squared(number):
     if number == "refused":
         raise PandaError("no such number: name another")
     if isinstance(number, int):
-        return number**2, os.environ["OMP_NUM_THREADS"]
+        return number**2, torch.get_num_threads()
     if number == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if number == "ended":
@@ -27,7 +27,7 @@ def squared(number):
     return None
 
 
-@pytest.mark.parametrize(("jobs", "count", "threads"), [(2, 5, "4"), (9, 1, "8")])
+@pytest.mark.parametrize(("jobs", "count", "threads"), [(2, 5, 4), (9, 1, 8)])
 def test_each_thing_is_done_once(jobs, count, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     found = list(workers.done_by(jobs, squared, range(count)))
@@ -84,4 +84,4 @@ def test_gpus_are_shared_out(visible, count, jobs, expected, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [share.get("CUDA_VISIBLE_DEVICES") for share in workers._shares(jobs)] == expected
+    assert [gpus for _, gpus in workers._shares(jobs)] == expected

@@ -76,10 +76,10 @@ def test_every_detector_gives_its_scores_elsewhere(tmp_path, folder, name):
     proof = export.export(path, tmp_path / "detector.onnx", alpha=0.25)
     assert proof.images > 40
     assert proof.largest < 1e-5
-    draw = np.random.default_rng(0)
+    draw, detector = np.random.default_rng(0), from_checkpoint(path)
     for count, sides in ((1, (40, 40)), (5, (70, 33)), (3, (300, 100))):
         pictures = list(draw.integers(0, 256, (count, *sides, 3), dtype=np.uint8))
-        expected = from_checkpoint(path).score(pictures, alpha=0.25)
+        expected = detector.score(pictures, alpha=0.25)
         found = run_onnx(tmp_path / "detector.onnx", pictures)
         np.testing.assert_allclose(found["score"], expected.score, rtol=1e-5, atol=1e-5 * abs(expected.score).max())
         np.testing.assert_allclose(found["p_value"], expected.p_value, rtol=1e-12)
@@ -88,7 +88,7 @@ def test_every_detector_gives_its_scores_elsewhere(tmp_path, folder, name):
         if "map" in found:
             np.testing.assert_allclose(found["map"], expected.maps, atol=1e-5 * expected.maps.max())
     said = facts(tmp_path / "detector.onnx")
-    assert said["detector"] == from_checkpoint(path).method
+    assert said["detector"] == detector.method
     assert json.loads(said["certificate"])["largest"] == proof.largest
     assert json.loads(said["preprocessing"])["image_size"] == 32
     assert said["calibration"] == "4 normal images held out"

@@ -1,5 +1,8 @@
 """Handwritten digits that come with scikit-learn: nothing to download."""
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 from typing_extensions import override
 
@@ -14,9 +17,15 @@ class Digits(AnomalyDataModule):
 
     @override
     def read(self, split: Split) -> Images:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
+        digits = _digits()
         rows = slice(0 if split == "train" else 1, None, 2)
         pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)  # 17 grey levels, 0 to 16
         return Images(pixels, digits.target[rows].astype(np.int64))
+
+
+@cache
+def _digits() -> Any:
+    """Read from a text file, which takes longer than all else that a short run does with them."""
+    from sklearn.datasets import load_digits
+
+    return load_digits()

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def built(config: dict[str, Any]) -> nn.Module:
     return made
 
 
+@cache
 def takes(architecture: str, argument: str) -> bool:
     """Whether timm's class of this architecture has such an argument."""
     import timm

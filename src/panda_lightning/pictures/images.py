@@ -1,7 +1,7 @@
 """The images of a split: where they are, read and resized, and as batches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Images:
         problems: What is wrong with the files but does not prevent their use, a sentence each.
         notes: What is worth knowing of them, likewise.
         rows: (N,) places in the whole split, where these are some of it.
+        fingerprints: Those that were made, of what cannot have changed since.
     """
 
     sources: Sequence[Path] | npt.NDArray[np.uint8]
@@ -40,6 +41,7 @@ class Images:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rows: npt.NDArray[np.int64] | None = None
+    fingerprints: dict[tuple[Path, bool], str] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -81,15 +83,17 @@ class Images:
             root: The data set's folder; a copy elsewhere has the same name.
             times: Count also when files, and those of masks, were last changed.
         """
+        if (root, times) in self.fingerprints:
+            return self.fingerprints[root, times]
         if isinstance(self.sources, np.ndarray) or (len(self) and not isinstance(self.sources[0], Path)):
-            return fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
-        files = self.sources if isinstance(self.sources, Files) else Files.of(self.sources)
-        if self.masks is None and (root, times) in files.fingerprints:
-            return files.fingerprints[root, times]
-        masks = [None if mask is None else (str(mask), mask.stat().st_mtime_ns) for mask in self.masks or ()]
-        found = fingerprint(files.pieces(root), [files.times.tolist(), masks] if times else None)
-        if self.masks is None:
-            files.fingerprints[root, times] = found
+            found = fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
+        else:
+            files = self.sources if isinstance(self.sources, Files) else Files.of(self.sources)
+            masks = [None if mask is None else (str(mask), mask.stat().st_mtime_ns) for mask in self.masks or ()]
+            found = fingerprint(files.pieces(root), [files.times.tolist(), masks] if times else None)
+            if files is not self.sources or self.masks is not None:  # looked at now, and the next time again
+                return found
+        self.fingerprints[root, times] = found
         return found
 
 

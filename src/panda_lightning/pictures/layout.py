@@ -7,7 +7,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import overload
@@ -63,7 +63,6 @@ class Files(Sequence[Path]):
         called: (N,) their names there, encoded for the file system.
         sizes: (N,) in bytes.
         times: (N,) when they were last changed, in nanoseconds.
-        fingerprints: Those that were made of them, see Images.fingerprint.
     """
 
     folders: tuple[Path, ...]
@@ -71,7 +70,6 @@ class Files(Sequence[Path]):
     called: npt.NDArray[np.bytes_]
     sizes: npt.NDArray[np.int64]
     times: npt.NDArray[np.int64]
-    fingerprints: dict[tuple[Path, bool], str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> "Files":

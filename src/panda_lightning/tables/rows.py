@@ -134,7 +134,12 @@ class Rows:
             jobs: How many to make at a time, each in a process of its own.
         """
         one = partial(self._one, again)
-        yield from map(one, rows) if jobs == 1 else done_by(jobs, one, rows)
+        if jobs == 1:
+            yield from map(one, rows)
+            return
+        missing = [row for row in rows if again or not self.path(row).is_file()]
+        yield from ((row, None) for row in rows if row not in missing)
+        yield from done_by(jobs, one, missing)
 
     def _one(self, again: bool, row: Row) -> tuple[Row, Found | None]:
         path, lock = self.path(row), self.folder / "locks" / row.name

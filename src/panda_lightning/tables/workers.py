@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
         Exception: What ``do`` raised.
         SystemExit: With the status of a process that has ended.
     """
-    context, todo = get_context("spawn"), iter(things)
+    context, todo = _context(), iter(things)
     processes: dict[Any, Any] = {}  # by this end of the pipe
 
     def give(pipe: Any) -> None:
@@ -47,9 +47,8 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
         try:
             for share in _shares(min(jobs, len(things))):
                 mine, theirs = context.Pipe()
-                with _environment(share):
-                    processes[mine] = context.Process(target=_serve, args=(do, theirs))
-                    processes[mine].start()
+                processes[mine] = context.Process(target=_serve, args=(do, theirs, *share))
+                processes[mine].start()
                 theirs.close()
                 give(mine)
             while processes:
@@ -63,7 +62,22 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
                 process.join()
 
 
-def _serve(do: Callable[[Any], Any], pipe: Any) -> None:
+def _context() -> Any:
+    """How processes start: as copies of one that has imported everything, where there are such, else on their own.
+
+    A copy of this process would have its threads' locks without the threads.
+    """
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["panda_lightning.tables.rows"])
+    return context
+
+
+def _serve(do: Callable[[Any], Any], pipe: Any, threads: int, gpus: str | None) -> None:
+    torch.set_num_threads(threads)
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before anything asks for a GPU
     silence()
     find_own_classes()
     with suppress(EOFError, BrokenPipeError):  # nobody is there any more
@@ -89,28 +103,13 @@ def _received(pipe: Any, processes: dict[Any, Any]) -> Any:
     return found
 
 
-def _shares(jobs: int) -> Iterator[dict[str, str]]:
-    """The environment of each process: threads, and GPUs, of which several processes share one where they are few."""
+def _shares(jobs: int) -> list[tuple[int, str | None]]:
+    """Threads and GPUs of each process; several share a GPU where there are fewer."""
     threads = max(1, torch.get_num_threads() // max(1, jobs))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    for job in range(jobs):
-        own = gpus[job::jobs] or gpus[job % len(gpus) :][:1] if gpus else []
-        yield {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+    own = [gpus[job::jobs] or (gpus[job % len(gpus) :][:1] if gpus else []) for job in range(jobs)]
+    return [(threads, ",".join(some) if some else None) for some in own]
 
 
 @contextmanager

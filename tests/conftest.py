@@ -42,11 +42,13 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no report.png, which takes half a second, but in tests with the mark ``pictures``."""
+    """Runs draw neither report.png nor maps.png, which takes half a second, but in tests with the mark ``pictures``."""
     if "pictures" not in request.keywords:
-        from panda_lightning.callbacks import Report  # not before pytest's log handlers: Lightning looks for them
+        from panda_lightning.callbacks import Report, anomaly_maps  # not before pytest's log handlers are there
 
         monkeypatch.setattr(Report.__init__, "__defaults__", (False,))
+        if not request.path.stem.startswith("test_anomaly_maps"):
+            monkeypatch.setattr(anomaly_maps, "draw", lambda path, *_: path.touch())
 
 
 @pytest.fixture(autouse=True)

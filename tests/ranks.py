@@ -130,9 +130,22 @@ def images(root):
     return root
 
 
+def start(size):
+    """Become one of so many processes, as torchrun would start them; the first process waits, and ends as they do."""
+    children = []
+    for rank in range(size):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ours, size = [Path(word) for word in sys.argv[1:3]], int(os.environ["WORLD_SIZE"])
+    if "RANK" not in os.environ:
+        start(size)
     gpus = {"accelerator": "gpu", "strategy": "ddp"} if "ON_GPU" in os.environ else None
     torch.backends.cudnn.allow_tf32 = False
     for case in sys.argv[3:]:

@@ -162,6 +162,7 @@ def test_too_little_memory_is_said(files, run, capsys, monkeypatch):
     assert re.search(r"out of memory .*lower data.batch_size, data.eval_batch_size", said)
 
 
+@pytest.mark.pictures
 def test_a_full_disk_leaves_no_empty_picture(files, run, capsys, monkeypatch):
     def full(figure, path, **_):
         Path(path).write_bytes(b"")

@@ -19,22 +19,16 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
-def start(
-    root: Path, out: Path, world: int, cases: list[str], where: dict[str, str] | None = None
-) -> list[subprocess.Popen]:
-    """Processes as torchrun would start them; ``where`` says on what, see tests/ranks.py."""
+def start(root: Path, out: Path, world: int, cases: list[str], where: dict[str, str] | None = None) -> None:
+    """Run cases in processes as torchrun would start them; ``where`` says on what, see tests/ranks.py."""
     out.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     base = ENVIRONMENT | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     base |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    base |= where or {}
     command = [sys.executable, "-m", "tests.ranks", str(root), str(out), *cases]
-    return [
-        subprocess.Popen(command, cwd=ROOT, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world)
-    ]
+    subprocess.run(command, cwd=ROOT, env=base | (where or {}), check=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +37,7 @@ def outcomes(tmp_path_factory):
     root = ranks.images(tmp_path_factory.mktemp("ranks"))
     folders = {world: root / f"on{world}" for world in (1, 2, 3)}
     for world in (2, 3):
-        processes = start(root, folders[world], world, list(ranks.CASES))
-        assert [process.wait(timeout=300) for process in processes] == [0] * world
+        start(root, folders[world], world, list(ranks.CASES))
     folders[1].mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,8 +76,7 @@ def test_nccl_is_given_tensors_of_gpus_alone(outcomes, tmp_path):
         "PANDA-OE",
         "PANDA, several sizes",
     ]
-    processes = start(outcomes[1].parent, tmp_path / "nccl", 2, cases, {"PLAY_NCCL": "1"})
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    start(outcomes[1].parent, tmp_path / "nccl", 2, cases, {"PLAY_NCCL": "1"})
     for case in cases:
         one, many = (
             torch.load(folder / f"{case}.pt", weights_only=True) for folder in (outcomes[1], tmp_path / "nccl")
@@ -118,8 +110,7 @@ def test_a_bank_in_parts_gives_the_same_scores(outcomes, world):
 @pytest.mark.slow
 def test_a_process_may_be_without_normal_images(tmp_path):
     make_folder(tmp_path / "images", train=2)
-    processes = start(tmp_path, tmp_path / "on3", 3, ["DN2, sharded"])
-    assert [process.wait(timeout=300) for process in processes] == [0] * 3
+    start(tmp_path, tmp_path / "on3", 3, ["DN2, sharded"])
     (tmp_path / "on1").mkdir()
     ranks.run(tmp_path, 1, "DN2", tmp_path / "on1")
     parts, one = (torch.load(tmp_path / path) for path in ("on3/DN2, sharded.pt", "on1/DN2.pt"))

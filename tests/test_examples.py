@@ -78,6 +78,7 @@ def test_a_header_says_what_to_type_and_what_comes_out(path):
     assert 30 <= len(path.read_text(encoding="utf-8").splitlines()) <= 80
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("number", range(3, 8))
 def test_an_example_prints_what_its_header_says(number, start):
     name = EXAMPLES[number - 1].name

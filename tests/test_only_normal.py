@@ -11,7 +11,7 @@ from tests.conftest import fast, make_folder
 EXTRA = {
     "PANDA": [], "DN2": [], "SPADE": ["--model.levels=[1]", "--data.image_size=64"],
     "PatchCore": ["--model.levels=[1]", "--data.image_size=64"], "MSC": [], "DeepSVDD": [], "OCSVM": [],
-    "MultiHeadRotNet": [],
+    "MultiHeadRotNet": ["--model.depth=10", "--model.width=1"],
 }  # fmt: skip
 
 

@@ -290,6 +290,7 @@ def test_an_adapted_network_feeds_them(run, workdir):
     assert all(torch.equal(used[name], value) for name, value in adapted.items() if name.startswith("backbone"))
 
 
+@pytest.mark.pictures
 def test_maps_are_drawn_and_predicted(run, workdir):
     make_mvtec(workdir / "data")
     words = [w for w in fast(workdir / "data", model="SPADE") if "normal_class" not in w and "ImageFolder" not in w]

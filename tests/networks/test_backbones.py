@@ -310,8 +310,8 @@ def _bare(name: str) -> nn.Module:
 def test_tokens_are_pooled_as_asked(name):
     images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     torch.manual_seed(0)
-    model = timm.create_model(name, dynamic_img_size=True)
-    token, avg, both = (Backbone(model, 2, pool=pool) for pool in ("token", "avg", "both"))
+    model = timm.create_model(name, **(small := {"dynamic_img_size": True, "depth": 3}))
+    token, avg, both = (Backbone(model, 2, small, pool=pool) for pool in ("token", "avg", "both"))
     with torch.no_grad():
         tokens = model.forward_features(token.normalized(images))
         assert tokens.shape[1] == 5 + (112 // model.patch_embed.patch_size[0]) ** 2  # one for the class, four registers

@@ -20,6 +20,7 @@ from panda_lightning import Digits, PandaError
 from panda_lightning.cli import run as command
 from panda_lightning.tables.plan import planned
 from panda_lightning.tables.rows import Rows
+from panda_lightning.tables.scorings import OtherScorings
 from tests.tables.recorded import METHODS, WORDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,6 +127,63 @@ def test_rows_made_two_at_a_time_are_the_same(study, workdir):
     assert all(found.row == row for row, found in made.items())
     assert curves("one") == curves("two")
     assert [found for _, found in Rows(workdir / "two").make(study, jobs=2)] == [None] * 6
+
+
+SCORINGS = {name: f"{name.split()[0]}{' --model.normalize=true' * name.endswith('n')}"
+            for name in ("early", "early n", "ses", "ses n")}  # fmt: skip
+
+
+def trained(folder):
+    """The rows that had a run of their own."""
+    return {path.name.rsplit("-", 2)[0] for path in Path(folder, "runs").iterdir()}
+
+
+def test_rows_that_differ_in_scoring_alone_are_trained_once(study, workdir):
+    plan = planned(["digits.yaml"], SCORINGS, ["8"], [0], WORDS)
+    made = dict(Rows(workdir / "table").make(plan))
+    assert set(made) == set(plan)
+    assert trained("table") == {"Digits-8-early", "Digits-8-ses"}
+    for row in plan:
+        list(Rows(workdir / "alone").make([row]))
+        one, other = (Rows(workdir / folder).scores(row) for folder in ("table", "alone"))
+        for key, value in one.items():
+            np.testing.assert_array_equal(value, other[key])
+    assert trained("alone") == {"Digits-8-early", "Digits-8-early-n", "Digits-8-ses", "Digits-8-ses-n"}
+    assert curves("table") == curves("alone")
+    assert made[plan[0]].auroc != made[plan[1]].auroc
+    assert all(found.seconds > 0 for found in made.values())
+
+
+def test_a_run_that_scores_for_others_goes_on(study, workdir, monkeypatch):
+    plan = planned(["digits.yaml"], SCORINGS, ["8"], [0], WORDS)[2:]
+    whole, asked = Rows(workdir / "whole"), []
+    list(whole.make(plan))
+    scored = OtherScorings.on_validation_epoch_end
+
+    def stopped(self, trainer, detector):
+        asked.append(detector.epochs_trained)
+        if asked == [0, 1, 2]:
+            raise SystemExit(143)
+        scored(self, trainer, detector)
+
+    monkeypatch.setattr(OtherScorings, "on_validation_epoch_end", stopped)
+    with pytest.raises(SystemExit):
+        list(Rows(workdir / "table").make(plan))
+    made = dict(Rows(workdir / "table").make(plan))
+    assert asked == [0, 1, 2, 2]
+    assert [made[row].curve for row in plan] == [found.curve for found in whole.read()]
+
+
+def test_a_run_that_never_scored_for_others_leaves_them_to_themselves(study, workdir, monkeypatch):
+    plan = planned(["digits.yaml"], SCORINGS, ["8"], [0], WORDS)[:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "_keep", lambda *_: sys.exit(143))
+        with pytest.raises(SystemExit):
+            list(Rows(workdir / "table").make(plan[:1]))  # its last checkpoint is there
+    made = dict(Rows(workdir / "table").make(plan))
+    list(Rows(workdir / "alone").make(plan[1:]))
+    assert trained("table") == {"Digits-8-early", "Digits-8-early-n"}
+    assert made[plan[1]].curve == Rows(workdir / "alone").read()[0].curve
 
 
 def test_rows_say_what_made_them(study, workdir):

@@ -23,7 +23,7 @@ from panda_lightning.detectors.exported import from_checkpoint
 from panda_lightning.pictures.loose import pointed_at
 from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.tools import export, main
-from tests.conftest import make_clouds
+from tests.conftest import make_clouds, small_network
 from tests.detectors.test_scoring import images, learned
 from tests.test_any_order import ADAPT, DETECTORS, trainer
 
@@ -107,9 +107,8 @@ def test_every_family_of_networks(tmp_path, folder, name):
 
 
 def test_features_and_patches_of_a_vision_transformer(tmp_path, folder):
-    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "w.safetensors")
-    detector = SPADE("vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), k=2, levels=(2, 4))
-    path = saved(detector, folder, tmp_path, image_size=224)
+    detector = SPADE(small_network(tmp_path / "vit", "vit"), k=2, levels=(2, 4))
+    path = saved(detector, folder, tmp_path, image_size=32)
     proof = export.export(path, tmp_path / "detector.onnx", pointed_at(folder / "test/stripe"))
     assert max(proof.largest, proof.largest_map) < 1e-4
 
@@ -125,7 +124,7 @@ def test_tiles_that_overlap_are_part_of_the_graph(tmp_path, folder, method, endi
 def test_ses_has_the_networks_of_all_times(tmp_path, folder):
     (tmp_path / "ck").mkdir()
     detector, ses = PANDA(**ADAPT, ewc_weight=0), SampleWiseEarlyStopping(keep_snapshots=True)
-    run = trainer(tmp_path, 2)
+    run = trainer(tmp_path)
     run.callbacks.append(ses)
     run.fit(detector, images(folder))
     path = next(tmp_path.rglob("ses")).parent / "last.ckpt"

@@ -70,12 +70,17 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         scores, normal = pl_module.merged_scores(), pl_module.normal_score()
-        relative = scores.score / normal
-        self.score = relative if self.score is None else torch.maximum(self.score, relative)
+        ses = self.follow(scores.score, normal)
         if scores.both:
-            pl_module.log("val/auroc_ses", torch.tensor(auroc(self.score, scores.label), dtype=torch.float64))
+            pl_module.log("val/auroc_ses", torch.tensor(auroc(ses, scores.label), dtype=torch.float64))
         if self.keep_snapshots:
             self._keep(trainer, pl_module, normal)
+
+    def follow(self, score: Tensor, normal: float) -> Tensor:
+        """Add a validation: scores (N,) of the test images, and the mean of the normal ones; returns SES so far."""
+        relative = score / normal
+        self.score = relative if self.score is None else torch.maximum(self.score, relative)
+        return self.score
 
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
         steps = detector.steps_trained

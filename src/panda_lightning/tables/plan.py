@@ -22,6 +22,7 @@ from panda_lightning.types import PandaError
 
 VIEW = ("image_size", "crop", "resize", "interpolation")
 ELSEWHERE = tuple(f"--data.{name}=" for name in AnomalyDataModule.COMPUTING)  # where files are, not which
+NORMALIZE = "--model.normalize="
 SET = {
     "--data": "--config", "--data.class_path": "--config", "--config": "--config", "--data.normal_class": "--classes",
     "--data.category": "--classes", "--seed_everything": "--seeds", "--data.seed": "--seeds", "--data.shots": "--shots",
@@ -72,6 +73,17 @@ class Row:
         words = " ".join([self.data, self.normal, self.column])
         plain = re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:100]
         return f"{plain}-{self.seed}-{_digest([*self.place, self.settings])}"
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """What it is trained by: its words, but for those that say how images are scored then."""
+        return tuple(word for word in self.words if not word.startswith(NORMALIZE))
+
+    @property
+    def normalize(self) -> bool | None:
+        """What its words say of model.normalize; None where they say nothing."""
+        said = [word.partition("=")[2] for word in self.words if word.startswith(NORMALIZE)]
+        return {"true": True, "false": False}.get(said[-1].lower()) if said else None
 
     @property
     def command(self) -> str:

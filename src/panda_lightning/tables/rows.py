@@ -2,8 +2,8 @@
 
 Each run is that of ``lightning fit`` (or ``test``, for what trains nothing) with the same words. A row is a JSON file
 that appears when its run is complete, with the scores beside it; whoever starts again finds it. Rows of one view share
-what is decoded, and the layers that no method changes see each image once (``prefix_cache_dir``). A run on several
-devices is a process of its own, which starts the others.
+what is decoded, and the layers that no method changes see each image once (``prefix_cache_dir``). Rows that differ in
+scoring alone are trained once. A run on several devices is a process of its own, which starts the others.
 """
 
 import errno
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from io import BytesIO
@@ -40,6 +40,7 @@ from panda_lightning.runtime.systems import TRY_AGAIN, heritable
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
 from panda_lightning.tables.plan import Row
+from panda_lightning.tables.scorings import OtherScorings
 from panda_lightning.tables.workers import done_by
 from panda_lightning.types import PandaError
 
@@ -133,34 +134,50 @@ class Rows:
             again: Also rows that failed before.
             jobs: How many to make at a time, each in a process of its own.
         """
-        one = partial(self._one, again)
-        if jobs == 1:
-            yield from map(one, rows)
-            return
-        missing = [row for row in rows if again or not self.path(row).is_file()]
-        yield from ((row, None) for row in rows if row not in missing)
-        yield from done_by(jobs, one, missing)
+        together, groups = partial(self._together, again), self._groups(rows)
+        if jobs > 1:
+            missing = [group for group in groups if any(self._missing(row, again) for row in group)]
+            yield from ((row, None) for group in groups if group not in missing for row in group)
+            groups = missing
+        for made in map(together, groups) if jobs == 1 else done_by(jobs, together, groups):
+            yield from made
 
-    def _one(self, again: bool, row: Row) -> tuple[Row, Found | None]:
-        path, lock = self.path(row), self.folder / "locks" / row.name
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with held(lock) as mine:
-            failed = again and path.is_file() and self._read(path).error
-            return row, self._made(row, mine) if mine and (failed or not path.is_file()) else None
+    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows that are trained alike; loggers want a run for each."""
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            alike = row.words[0] == "fit" and not self.loggers
+            groups.setdefault(row.training if alike else row.name, []).append(row)
+        return list(groups.values())
 
-    def _made(self, row: Row, lock: int | None = None) -> Found:
-        """Run it and write what came out; of several processes, the first writes."""
+    def _missing(self, row: Row, again: bool) -> bool:
+        path = self.path(row)
+        return not path.is_file() or (again and self._read(path).error is not None)
+
+    def _together(self, again: bool, rows: Sequence[Row]) -> list[tuple[Row, Found | None]]:
+        """Run what is missing of a group, with as few runs as possible."""
+        made: dict[Row, Found | None] = dict.fromkeys(rows)
+        with ExitStack() as stack:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            locks = {row: stack.enter_context(held(self.folder / "locks" / row.name)) for row in rows}
+            mine = [row for row in rows if locks[row] and self._missing(row, again)]
+            while todo := sorted((row for row in mine if made[row] is None), key=lambda row: row.normalize is not None):
+                made |= {found.row: found for found in self._made(todo[0], todo[1:], locks[todo[0]])}
+        return list(made.items())
+
+    def _made(self, row: Row, others: Sequence[Row] = (), lock: int | None = None) -> list[Found]:
+        """Run it and write what came out, also for others of its group; of several processes, the first writes."""
         begin, error = time.monotonic(), None
-        images, curve = "", list[tuple[float, float]]()
+        images, curves, extra = "", {row: list[tuple[float, float]]()}, 0.0
         log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
         spent = log.with_name("seconds.txt")  # of earlier parts of a run that goes on
         before = float(spent.read_text("utf-8")) if spent.is_file() else 0.0
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with _logged(log, work), _own_wandb_run():
-                images, curve = self._run(row)
+                images, curves, extra = self._run(row, others)
         except SeveralDevicesError:
-            return self._made_apart(row, log, lock)
+            return [self._made_apart(row, log, lock)]
         except SystemExit as end:
             if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
                 spent.write_text(str(before + time.monotonic() - begin), "utf-8")
@@ -170,8 +187,12 @@ class Rows:
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise PandaError(f"{failure}. Free disk space, and run the same command again.") from failure
             error = " ".join(str(failure).split()) or type(failure).__name__
-        seconds = before + time.monotonic() - begin
-        return self._write(Found(row, images, curve, seconds, work, made(), error))
+        seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
+        seconds[row] = before + time.monotonic() - begin - extra
+        return [
+            self._write(Found(one, images, curve, seconds[one], work if one == row else [], made(), error))
+            for one, curve in curves.items()
+        ]
 
     def _write(self, found: Found) -> Found:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -195,30 +216,42 @@ class Rows:
             return self._write(Found(row, "", [], 0.0, [], made(), said))
         return self._read(self.path(row))
 
-    def _run(self, row: Row) -> tuple[str, list[tuple[float, float]]]:
-        """Test images and curve of a run, whose scores are written; the curve is that of all parts of the run."""
+    def _run(self, row: Row, others: Sequence[Row]) -> tuple[str, dict[Row, list[tuple[float, float]]], float]:
+        """Test images; curves of a run, and of others of its group, whose scores are written; seconds for the others.
+
+        A curve is that of all parts of the run.
+        """
         words = [*row.words, f"--trainer.logger={json.dumps(self._loggers(row))}",
                  "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
         words += ["--ckpt_path=last"] if row.words[0] == "fit" else []
-        cli = run(words, self._sharing())
+        cli = run(words, self._sharing(others))
         model, data, trainer = cli.model, cli.datamodule, cli.trainer
         log_dir = Path(trainer.log_dir or "")  # asks all processes
         if not trainer.is_global_zero:
-            return "", []
+            return "", {row: []}, 0.0
         scores: Any = model.scores
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
         ses = next((c for c in callbacks if isinstance(c, SampleWiseEarlyStopping)), None)
-        values = (scores.score if ses is None or ses.score is None else ses.score).numpy()
-        index, label = scores.index.numpy(), scores.label.numpy()
+        scored = next((c for c in callbacks if isinstance(c, OtherScorings)), OtherScorings({}))
+        curves = {row: self._curve(log_dir.parent)}
+        self._keep(row, data, scores, scores.score if ses is None or ses.score is None else ses.score)
+        for other in others:
+            if known := scored.found.get(other.name):
+                curves[other] = [tuple(point) for point in known["curve"]]
+                self._keep(other, data, scores, known["score"])
+        return model.origin["test images"], curves, scored.seconds
+
+    def _keep(self, row: Row, data: Any, scores: Any, score: Any) -> None:
+        """Write the scores of a row, and the pictures that they mistake most."""
+        values, index, label = score.numpy(), scores.index.numpy(), scores.label.numpy()
         dataset = data.test_dataloader().dataset
         kind = np.array(data.classes)[dataset.images.targets[index]]
         _save(self.path(row).with_suffix(".npz"), index=index, score=values, label=label, kind=kind)
         order = np.argsort(values, kind="stable")
         hard = np.concatenate([order[label[order] == 1][:HARDEST], order[label[order] == 0][::-1][:HARDEST]])
-        shown = (dataset.pictures(row)[0] for row in scores.index[hard.copy()].split(1))  # which may differ in size
+        shown = (dataset.pictures(one)[0] for one in scores.index[hard.copy()].split(1))  # which may differ in size
         jpeg = np.array([_jpeg(picture.numpy()) for picture in shown])
         _save(self.folder / "hardest" / f"{row.name}.npz", place=hard, jpeg=jpeg)
-        return model.origin["test images"], self._curve(log_dir.parent)
 
     def _loggers(self, row: Row) -> list[dict[str, Any]]:
         """CSV, from which the curve comes, and those that were asked for."""
@@ -253,8 +286,8 @@ class Rows:
                 points.setdefault(float(row["epochs_trained"]), float(row[key]))
         return sorted(points.items())
 
-    def _sharing(self) -> type[PandaCLI]:
-        """A command line whose runs share decoded images, and what frozen layers make of them."""
+    def _sharing(self, others: Sequence[Row]) -> type[PandaCLI]:
+        """A command line whose runs share decoded images, what frozen layers make of them, and training."""
         shared, cache = self._decoded, str(self.folder / "shared")
 
         class Sharing(PandaCLI):
@@ -268,6 +301,10 @@ class Rows:
                     self.model.prefix_cache_dir = cache
                 if isinstance(self.model, DN2) and not self.model.learns:
                     callbacks.append(_FeaturesOnce(cache))
+                if others and getattr(self.model, "learns", False) and not getattr(self.model, "shard_bank", True):
+                    own = self.model.normalize
+                    asked = {row.name: own if row.normalize is None else row.normalize for row in others}
+                    callbacks.append(OtherScorings(asked))
                 if isinstance(self.datamodule, AnomalyDataModule):
                     self.datamodule.decoded = shared.setdefault(type(self.datamodule), self.datamodule.decoded)
                 callbacks.append(Report(pictures=False))  # the table's page shows them

@@ -51,7 +51,7 @@ SETS = {
 NETWORK = re.compile(r"\b(resnet|wide_resnet|mobilenet|efficientnet|tf_efficientnet|convnext|timm/)[\w./-]*")
 TRANSFORMER = re.compile(r"\b(vit|deit|hf-hub:timm/vit)[\w./:-]*")
 TOOLS = {  # further words of `panda`
-    "table": ["--classes=3", "--words=--data.train_limit=9 --data.test_limit=30 --trainer.max_epochs=1"],
+    "table": ["--classes=3", "--words=--data.train_limit=9 --data.test_limit=30 --trainer.max_epochs=1"],  # of digits
     "fisher": ["--samples=8", "--image_size=32"],
 }
 
@@ -85,8 +85,12 @@ def make_pictures(folder: Path, kind: str, numbers: range) -> None:
 
 
 @pytest.fixture
-def place(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of one's own with all of it."""
+def place(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Path]:
+    """A folder of one's own with all of it; W&B, which is started for each run, works where it is written about."""
+    if "wandb" not in request.node.name:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
     shutil.copytree(house, tmp_path / "place", symlinks=True)
     monkeypatch.chdir(tmp_path / "place")
     monkeypatch.syspath_prepend(str(tmp_path / "place"))
@@ -179,6 +183,8 @@ def _less(word: str, files: list[str]) -> str:
 def panda(words: list[str]) -> list[str]:
     """Words of `panda` as those of a small run."""
     words = [small(word) for word in words]
+    less = " --data.image_size=64 --trainer.max_epochs=1"
+    words = [word + less * word.startswith("--words=") for word in words]
     given = {word.partition("=")[0] for word in words}
     return [*words, *(word for word in TOOLS.get(words[0], []) if word.partition("=")[0] not in given)]
 

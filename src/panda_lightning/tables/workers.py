@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from panda_lightning.command.endings import silence
+from panda_lightning.command.endings import pass_over_imports, silence
 from panda_lightning.command.words import find_own_classes
 from panda_lightning.runtime.systems import TRY_AGAIN
 
@@ -79,6 +79,7 @@ def _serve(do: Callable[[Any], Any], pipe: Any, threads: int, gpus: str | None) 
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before anything asks for a GPU
     silence()
+    pass_over_imports()
     find_own_classes()
     with suppress(EOFError, BrokenPipeError):  # nobody is there any more
         while True:

@@ -1,6 +1,6 @@
 """What a table's runs share: `panda table` beside one `lightning` a class, whole commands, in turn.
 
-python experiments/bench/table.py METHOD CONFIG [ROUNDS] [words of lightning]
+python experiments/bench/table.py METHOD CONFIG ROUNDS [words of lightning] [--jobs=N of the table]
 
 Prints a row: seconds of either (median over rounds), their ratio, and how many images passed the network's frozen
 layers in either, by the log.
@@ -37,6 +37,7 @@ def timed(words, folder):
 
 if __name__ == "__main__":
     method, config, rounds, *words = sys.argv[1:]
+    jobs = [words.pop()] if words and words[-1].startswith("--jobs=") else []
     plan = planned([config], {method: method}, None, [0], words)
     found = {"separate": [], "table": []}
     for _ in range(int(rounds)):
@@ -51,10 +52,11 @@ if __name__ == "__main__":
             f"--config={config}",
             f"--methods={method}",
             f"--folder={folder}/table",
+            *jobs,
         ]
         found["table"].append(timed([*own, f"--words={' '.join(words)}"], folder))
         shutil.rmtree(folder)
     apart, shared = (statistics.median(s for s, _ in found[how]) for how in ("separate", "table"))
     passed = [found[how][0][1] for how in ("separate", "table")]
-    name = f"{Path(config).stem}, {method}, {len(plan)} classes"
+    name = ", ".join([Path(config).stem, method, f"{len(plan)} classes", *jobs])
     print(f"| {name} | {apart:.1f} | {shared:.1f} | {apart / shared:.2f} | {passed[0]} | {passed[1]} |")

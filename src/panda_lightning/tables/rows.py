@@ -301,7 +301,8 @@ class Rows:
                     self.model.prefix_cache_dir = cache
                 if isinstance(self.model, DN2) and not self.model.learns:
                     callbacks.append(_FeaturesOnce(cache))
-                if others and getattr(self.model, "learns", False) and not getattr(self.model, "shard_bank", True):
+                searches = isinstance(self.model, DN2) and self.model.has_bank and not self.model.shard_bank
+                if others and searches:
                     own = self.model.normalize
                     asked = {row.name: own if row.normalize is None else row.normalize for row in others}
                     callbacks.append(OtherScorings(asked))

@@ -12,6 +12,8 @@ from tests.conftest import fast, make_mixed
 from tests.datamodules.official import make_mvtec
 from tests.detectors.test_segmentation import mvtec, trainer
 
+pytestmark = pytest.mark.pictures
+
 
 def test_the_worst_come_first_and_are_what_was_scored(tmp_path, monkeypatch):
     shown = []

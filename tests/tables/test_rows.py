@@ -139,7 +139,8 @@ def trained(folder):
 
 
 def test_rows_that_differ_in_scoring_alone_are_trained_once(study, workdir):
-    plan = planned(["digits.yaml"], SCORINGS, ["8"], [0], WORDS)
+    words = [*WORDS, "--trainer.num_sanity_val_steps=1"]  # which is no validation of any curve
+    plan = planned(["digits.yaml"], SCORINGS, ["8"], [0], words)
     made = dict(Rows(workdir / "table").make(plan))
     assert set(made) == set(plan)
     assert trained("table") == {"Digits-8-early", "Digits-8-ses"}
@@ -152,6 +153,13 @@ def test_rows_that_differ_in_scoring_alone_are_trained_once(study, workdir):
     assert curves("table") == curves("alone")
     assert made[plan[0]].auroc != made[plan[1]].auroc
     assert all(found.seconds > 0 for found in made.values())
+
+
+def test_a_value_that_is_none_is_refused_by_a_run_of_its_own(study, workdir):
+    plan = planned(["digits.yaml"], {"early": "early", "no": "early --model.normalize=maybe"}, ["8"], [0], WORDS)
+    early, wrong = (found for _, found in Rows(workdir / "table").make(plan))
+    assert early.error is None
+    assert "normalize" in wrong.error
 
 
 def test_a_run_that_scores_for_others_goes_on(study, workdir, monkeypatch):

@@ -22,7 +22,7 @@ from panda_lightning.types import PandaError
 
 VIEW = ("image_size", "crop", "resize", "interpolation")
 ELSEWHERE = tuple(f"--data.{name}=" for name in AnomalyDataModule.COMPUTING)  # where files are, not which
-NORMALIZE = "--model.normalize="
+NORMALIZE = re.compile(r"--model\.normalize=(true|false)", re.IGNORECASE)  # another value is refused by its own run
 SET = {
     "--data": "--config", "--data.class_path": "--config", "--config": "--config", "--data.normal_class": "--classes",
     "--data.category": "--classes", "--seed_everything": "--seeds", "--data.seed": "--seeds", "--data.shots": "--shots",
@@ -77,13 +77,13 @@ class Row:
     @property
     def training(self) -> tuple[str, ...]:
         """What it is trained by: its words, but for those that say how images are scored then."""
-        return tuple(word for word in self.words if not word.startswith(NORMALIZE))
+        return tuple(word for word in self.words if not NORMALIZE.fullmatch(word))
 
     @property
     def normalize(self) -> bool | None:
         """What its words say of model.normalize; None where they say nothing."""
-        said = [word.partition("=")[2] for word in self.words if word.startswith(NORMALIZE)]
-        return {"true": True, "false": False}.get(said[-1].lower()) if said else None
+        said = [found[1].lower() == "true" for found in map(NORMALIZE.fullmatch, self.words) if found]
+        return said[-1] if said else None
 
     @property
     def command(self) -> str:

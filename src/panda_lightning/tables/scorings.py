@@ -26,7 +26,7 @@ class OtherScorings(pl.Callback):
 
     Attributes:
         found: By name the curve, (epochs trained, AUROC) of each validation, and the scores of the last one.
-        seconds: What they took.
+        seconds: What they took, with the parts before the run went on.
     """
 
     def __init__(self, normalize: Mapping[str, bool]) -> None:
@@ -38,11 +38,12 @@ class OtherScorings(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found}
+        return {"found": self.found, "seconds": self.seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.found = {name: known for name, known in state_dict["found"].items() if name in self.normalize}
+        self.seconds = state_dict["seconds"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -51,7 +52,8 @@ class OtherScorings(pl.Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._parts, self._indices = {name: [] for name in self.found}, {}
+        names = () if trainer.sanity_checking else self.found
+        self._parts, self._indices = {name: [] for name in names}, {}
 
     @override
     def on_validation_batch_end(
@@ -76,7 +78,8 @@ class OtherScorings(pl.Callback):
                 ses.score = known.get("score")
                 with self._scoring(pl_module, name):
                     scores = Scores(scores.index, ses.follow(scores.score, pl_module.normal_score()), scores.label)
-            known["curve"].append((pl_module.epochs_trained, auroc(scores.score, scores.label)))
+            if scores.both:
+                known["curve"].append((pl_module.epochs_trained, auroc(scores.score, scores.label)))
             known["score"] = scores.score
         self._indices = {}
         self.seconds += time.monotonic() - begin

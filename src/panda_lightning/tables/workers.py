@@ -37,11 +37,13 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
     processes: dict[Any, Any] = {}  # by this end of the pipe
 
     def give(pipe: Any) -> None:
-        with suppress(StopIteration):
+        try:
             pipe.send(next(todo))
-            return
-        pipe.close()
-        processes.pop(pipe).join()
+        except StopIteration:
+            pipe.close()
+            processes.pop(pipe).join()
+        except BrokenPipeError:
+            pass  # the process has ended, which is the next that is received
 
     with _ended_by_a_signal():
         try:

@@ -130,7 +130,7 @@ class Rows:
         """Run what is missing; None stands for a row that was there, or that another process is making.
 
         Args:
-            rows: Which; they come in order where one is made at a time.
+            rows: Which; those that are trained alike come together, and else in order where one is made at a time.
             again: Also rows that failed before.
             jobs: How many to make at a time, each in a process of its own.
         """
@@ -189,9 +189,9 @@ class Rows:
             error = " ".join(str(failure).split()) or type(failure).__name__
         seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
         seconds[row] = before + time.monotonic() - begin - extra
-        return [
-            self._write(Found(one, images, curve, seconds[one], work if one == row else [], made(), error))
-            for one, curve in curves.items()
+        return [  # its own row last: killed before it, the run goes on from its end, and writes the others again
+            self._write(Found(one, images, curves[one], seconds[one], work if one == row else [], made(), error))
+            for one in reversed(curves)
         ]
 
     def _write(self, found: Found) -> Found:

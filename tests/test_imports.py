@@ -11,6 +11,7 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
+    {"__main__"},  # imports what it runs when it is called
     {"types", "runtime.processes", "runtime.derived", "runtime.float32", "runtime.sizes", "runtime.systems"},
     {
         "arguments", "networks.adapting", "networks.checks", "networks.splitting", "runtime.gathering", "runtime.whole",
@@ -92,3 +93,16 @@ def test_every_public_name_can_be_imported_and_is_in_the_reference():
         assert f"::: {found.__module__}.{name}\n" in page + "\n", name
     with pytest.raises(AttributeError, match="Nothing"):
         panda_lightning.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["lightning", "panda"])
+def test_commands_import_while_nothing_searches_for_garbage(command):
+    code = (
+        "import gc, sys; from panda_lightning.__main__ import lightning, panda; found = []\n"
+        f"gc.callbacks.append(lambda phase, info: found.append(phase)); sys.argv = [{command!r}, '--version']\n"
+        f"try: {command}()\n"
+        "except SystemExit: print(len(found), gc.isenabled(), 'torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[-3]) < 100, out  # there are a thousand otherwise
+    assert out[-2:] == ["True", "True"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from panda_lightning.tools import main
+from panda_lightning.__main__ import panda
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(panda())

@@ -21,9 +21,10 @@ SHARED = Path(os.environ.get("PANDA_SHARED", Path(__file__).parents[2] / "shared
 
 
 def pytest_collection_finish() -> None:
-    """Searches for garbage do not go through all that imports have made."""
+    """Searches for garbage are rare, and do not go through all that imports have made."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True, scope="session")

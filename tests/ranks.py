@@ -1,12 +1,7 @@
-"""Every detector once, in as many processes as the environment says: what test_distributed.py compares.
-
-Each process runs all cases one after the other, for starting Python is what takes the time.
-"""
+"""Every detector once, in as many processes as the environment says: what test_distributed.py compares."""
 
 import os
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -130,25 +125,10 @@ def images(root):
     return root
 
 
-def start(size):
-    """Become one of so many processes, as torchrun would start them; the first process waits, and ends as they do."""
-    children = []
-    for rank in range(size):
-        if not (child := os.fork()):
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            return
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    ours, size = [Path(word) for word in sys.argv[1:3]], int(os.environ["WORLD_SIZE"])
-    if "RANK" not in os.environ:
-        start(size)
+def run_all(root, out, cases):
+    """Cases one after the other, as one of the processes that the environment speaks of."""
     gpus = {"accelerator": "gpu", "strategy": "ddp"} if "ON_GPU" in os.environ else None
     torch.backends.cudnn.allow_tf32 = False
-    for case in sys.argv[3:]:
+    for case in cases:
         with nccl() if "PLAY_NCCL" in os.environ else nullcontext(gpus) as there:
-            run(ours[0], size, case, ours[1], there)
-    os._exit(0)  # Python takes seconds to let go of all that was imported
+            run(root, int(os.environ["WORLD_SIZE"]), case, out, there)

@@ -5,12 +5,16 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 
-from tests import ranks
+from panda_lightning.cli import main
+from tests import copies, ranks
 from tests.conftest import fast, make_folder
 from tests.windows import WINDOWS
 
@@ -19,16 +23,25 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
-def start(root: Path, out: Path, world: int, cases: list[str], where: dict[str, str] | None = None) -> None:
+IN_TWO = ("PANDA, SES", "PANDA, ViT", "PANDA-OE", "DN2", "DN2, sharded", "equal features", "equal features, sharded",
+          "PANDA, SES, sharded", "RotNet", "PatchCore")  # fmt: skip
+# three are more than there are images in the last step, or batches to score
+PAIRS = [(2, case) for case in IN_TWO] + [(3, case) for case in ranks.CASES]
+
+
+def start(root: Path, out: Path, world: int, cases: list[str], **where: str) -> None:
     """Run cases in processes as torchrun would start them; ``where`` says on what, see tests/ranks.py."""
     out.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    base = ENVIRONMENT | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    base |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    command = [sys.executable, "-m", "tests.ranks", str(root), str(out), *cases]
-    subprocess.run(command, cwd=ROOT, env=base | (where or {}), check=True, timeout=300)
+    base = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    base |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"} | where
+    processes = [
+        copies.started(ranks.run_all, root, out, cases, RANK=str(rank), LOCAL_RANK=str(rank), **base)
+        for rank in range(world)
+    ]
+    copies.ended(*processes)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,7 @@ def outcomes(tmp_path_factory):
     root = ranks.images(tmp_path_factory.mktemp("ranks"))
     folders = {world: root / f"on{world}" for world in (1, 2, 3)}
     for world in (2, 3):
-        start(root, folders[world], world, list(ranks.CASES))
+        start(root, folders[world], world, [case for n, case in PAIRS if n == world])
     folders[1].mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,8 +61,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ranks.CASES)
-@pytest.mark.parametrize("world", [2, 3])  # three: more than there are images in the last step, or batches to score
+@pytest.mark.parametrize(("world", "case"), PAIRS)
 def test_any_number_of_processes_is_one(outcomes, world, case):
     one, many = (torch.load(outcomes[n] / f"{case}.pt", weights_only=True) for n in (1, world))
     tolerance = {"rtol": 1e-9, "atol": 1e-11} if case in ranks.FROM_SCRATCH else {"rtol": 1e-4, "atol": 1e-5}
@@ -76,7 +88,7 @@ def test_nccl_is_given_tensors_of_gpus_alone(outcomes, tmp_path):
         "PANDA-OE",
         "PANDA, several sizes",
     ]
-    start(outcomes[1].parent, tmp_path / "nccl", 2, cases, {"PLAY_NCCL": "1"})
+    start(outcomes[1].parent, tmp_path / "nccl", 2, cases, PLAY_NCCL="1")
     for case in cases:
         one, many = (
             torch.load(folder / f"{case}.pt", weights_only=True) for folder in (outcomes[1], tmp_path / "nccl")
@@ -121,24 +133,35 @@ def test_a_process_may_be_without_normal_images(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_end_with_fit_leave_the_trained_detector(tmp_path):
-    """Strategies ddp_spawn and ddp_fork, of which notebooks take one by default."""
-    command = [sys.executable, "-m", "tests.spawned", str(ranks.images(tmp_path)), str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
-    found = torch.load(tmp_path / "spawned.pt", weights_only=True)
-    for key in ("fit", "test", "centre"):
-        torch.testing.assert_close(found["ddp_spawn"][key], found["auto"][key], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found["ddp_spawn"]["test"], found["ddp_spawn"]["fit"], rtol=1e-4, atol=1e-5)
+    """As of the strategies ddp_spawn and ddp_fork, of which notebooks take one by default."""
+    root = ranks.images(tmp_path)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    one = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, "enable_model_summary": False} | quiet
+    found = []
+    for several in ({"devices": 1}, {"devices": 2, "strategy": DDPStrategy(start_method=copies.METHOD)}):
+        pl.seed_everything(0, verbose=False)
+        detector = ranks.CASES["PANDA, SES"][1](None)
+        pl.Trainer(**one | several).fit(detector, ranks.data(root))
+        fitted = detector.scores.score
+        pl.Trainer(**one).test(detector, ranks.data(root), verbose=False)  # by the object in hand, in this process
+        found.append({"fit": fitted, "test": detector.scores.score, "centre": detector.centre})
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1]["test"], found[1]["fit"], rtol=1e-4, atol=1e-5)
 
 
 # ---- as a user launches it -----------------------------------------------------------------------------------------
 
 
 def launch(workdir: Path, name: str, words: list[str], devices: int) -> Path:
-    parallel = ["--trainer.strategy=ddp"] if devices > 1 else []
-    command = [sys.executable, "-m", "panda_lightning", *words, f"--trainer.devices={devices}", *parallel]
-    command += [f"--trainer.logger.name={name}"]
-    done = subprocess.run(command, cwd=workdir, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = [*words, f"--trainer.devices={devices}", f"--trainer.logger.name={name}"]
+    if devices == 1:
+        with chdir(workdir):
+            copies.ended(copies.started(main, words))
+    else:
+        command = [sys.executable, "-m", "panda_lightning", *words, "--trainer.strategy=ddp"]
+        done = subprocess.run(command, cwd=workdir, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
     return workdir / "runs" / name / "version_0"
 
 

@@ -230,8 +230,7 @@ def test_a_process_sends_tensors_of_the_cpu_by_nccl(monkeypatch):
 def test_two_gpus_are_one(tmp_path, monkeypatch):
     root = ranks.images(tmp_path)
     cases = ["PANDA, SES", "DN2, sharded", "MSC", "PANDA-OE", "PatchCore", "SPADE", "Deep SVDD, soft", "RotNet"]
-    processes = start(root, root / "many", 2, cases, {"ON_GPU": "1"})
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    start(root, root / "many", 2, cases, ON_GPU="1")
     (root / "one").mkdir()
     for case in cases:
         ranks.run(root, 1, case, root / "one", {"accelerator": "gpu", "strategy": "auto"})

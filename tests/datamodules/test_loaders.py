@@ -10,6 +10,7 @@ from panda_lightning import ImageFolder
 from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
 from panda_lightning.pictures.images import GAP, as_is
 from panda_lightning.pictures.loose import LooseDataset, pointed_at
+from tests import copies
 
 
 class Rows(Dataset):
@@ -214,7 +215,7 @@ def from_disk(folder, tmp_path):
 @pytest.mark.parametrize("name", ["normal", "outlier", "test", "loose"])
 def test_workers_that_are_started_anew_give_the_same_batches(from_disk, name):
     wanted, spawned = list(from_disk(0)[name]), from_disk(1)[name]
-    spawned.multiprocessing_context = "spawn"  # the only way on Windows, and the default of macOS
+    spawned.multiprocessing_context = copies.CONTEXT  # which inherits as little as spawn, the only way on Windows
     found = list(spawned)
     assert len(found) == len(wanted) >= 3
     for one, other in zip(found, wanted, strict=True):

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -21,6 +19,7 @@ from panda_lightning.cli import run as command
 from panda_lightning.tables.plan import planned
 from panda_lightning.tables.rows import Rows
 from panda_lightning.tables.scorings import OtherScorings
+from tests import copies
 from tests.tables.recorded import METHODS, WORDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,27 +53,19 @@ def test_what_is_there_is_not_run_again(study, workdir):
     assert None not in [found[row.name] for row in study[1:]]
 
 
+def make(folder):
+    plan = planned(["digits.yaml"], METHODS, ["8", "9"], [0], WORDS)
+    list(Rows(Path(folder)).make(plan))
+
+
 def test_kills_at_any_moment_leave_the_table_of_an_undisturbed_run(study, workdir):
-    code = (
-        "import sys; from pathlib import Path; from panda_lightning.tables.rows import Rows\n"
-        "from panda_lightning.tables.plan import planned\n"
-        f"plan = planned(['digits.yaml'], {METHODS!r}, ['8', '9'], [0], {WORDS!r})\n"
-        "list(Rows(Path('killed')).make(plan)); print('DONE')\n"
-    )
-    list(Rows(workdir / "table").make(study))
-    for wait in (5.0, 7.0, 120.0):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=wait)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, _ = process.communicate()
-        if b"DONE" in out:
-            break
-    assert b"DONE" in out
+    make("table")
+    for wait in (1.0, 3.0, 120.0):
+        process = copies.started(make, "killed")
+        process.join(timeout=wait)
+        process.kill()
+        process.join()
+    assert process.exitcode == 0
     assert curves("killed") == curves("table")
     for row in study:
         one, other = (Rows(workdir / folder).scores(row) for folder in ("killed", "table"))

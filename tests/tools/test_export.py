@@ -102,14 +102,14 @@ def test_every_family_of_networks(tmp_path, folder, name):
     save_file(timm.create_model(name).state_dict(), tmp_path / "w.safetensors")
     detector = DN2(name, weights=str(tmp_path / "w.safetensors"))
     path = saved(detector, folder, tmp_path, image_size=FAMILIES[name])
-    assert export.export(path, tmp_path / "detector.onnx").largest < 1e-4
+    assert export.export(path, tmp_path / "detector.onnx", resizes=False).largest < 1e-4
     assert json.loads(facts(tmp_path / "detector.onnx")["network"])["architecture"] == name
 
 
 def test_features_and_patches_of_a_vision_transformer(tmp_path, folder):
     detector = SPADE(small_network(tmp_path / "vit", "vit"), k=2, levels=(2, 4))
     path = saved(detector, folder, tmp_path, image_size=32)
-    proof = export.export(path, tmp_path / "detector.onnx", pointed_at(folder / "test/stripe"))
+    proof = export.export(path, tmp_path / "detector.onnx", pointed_at(folder / "test/stripe"), resizes=False)
     assert max(proof.largest, proof.largest_map) < 1e-4
 
 
@@ -117,7 +117,7 @@ def test_features_and_patches_of_a_vision_transformer(tmp_path, folder):
 def test_tiles_that_overlap_are_part_of_the_graph(tmp_path, folder, method, ending):
     detector = method("panda_tiny", levels=(2, 3), tile=64, overlap=32)
     path = saved(detector, folder, tmp_path, image_size=100)  # the last tiles end beyond the border
-    proof = export.export(path, tmp_path / f"detector.{ending}", pointed_at(folder / "test/stripe"))
+    proof = export.export(path, tmp_path / f"detector.{ending}", pointed_at(folder / "test/stripe"), resizes=False)
     assert max(proof.largest, proof.largest_map) < 1e-5
 
 
@@ -130,7 +130,7 @@ def test_ses_has_the_networks_of_all_times(tmp_path, folder):
     path = next(tmp_path.rglob("ses")).parent / "last.ckpt"
     run.save_checkpoint(path)
     for half in (False, True):
-        proof = export.export(path, tmp_path / f"{half}.onnx", half=half)
+        proof = export.export(path, tmp_path / f"{half}.onnx", half=half, resizes=not half)
         assert proof.largest < (1e-2 if half else 1e-5)
     shown = sorted((folder / "test").rglob("*.png"))
     pictures = [np.asarray(Image.open(file).convert("RGB")) for file in shown]

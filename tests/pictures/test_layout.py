@@ -89,8 +89,9 @@ def test_a_folder_without_leave_to_read_is_passed_over(tmp_path, monkeypatch):
             raise PermissionError(folder)
         return scandir(folder)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert list(listed(tmp_path)[0]) == [tmp_path / "a.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        assert list(listed(tmp_path)[0]) == [tmp_path / "a.png"]
 
 
 def test_files_are_a_sequence_of_paths(tmp_path):

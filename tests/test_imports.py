@@ -11,7 +11,6 @@ import panda_lightning
 
 ROOT = Path(panda_lightning.__file__).parent
 LAYERS = [
-    {"__main__"},  # imports what it runs when it is called
     {"types", "runtime.processes", "runtime.derived", "runtime.float32", "runtime.sizes", "runtime.systems"},
     {
         "arguments", "networks.adapting", "networks.checks", "networks.splitting", "runtime.gathering", "runtime.whole",

@@ -2,7 +2,7 @@
 
 import sys
 
-from panda_lightning.__main__ import panda
+from panda_lightning.tools import main
 
 if __name__ == "__main__":
-    sys.exit(panda())
+    sys.exit(main())

@@ -3,17 +3,20 @@
 import re
 import sys
 import textwrap
+from argparse import SUPPRESS
 from importlib.metadata import version
 from inspect import isabstract, signature
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import pytorch_lightning as pl
+from docstring_parser import parse
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from typing_extensions import override
 
-from panda_lightning.arguments import require, subclasses
+from panda_lightning.arguments import Checked, require, subclasses
 from panda_lightning.callbacks import Predictions
 from panda_lightning.command.words import at_home
 from panda_lightning.datamodules import AnomalyDataModule
@@ -27,6 +30,7 @@ EXAMPLE = r"""
 
 `lightning fit --model.help PANDA` lists the arguments of a class.
 """
+REFERENCE = re.compile(r"See (?P<cls>\w+)(?P<link>[.:;,])(?P<own>.*)", re.DOTALL)
 OPTIONS = tuple(signature(Predictions).parameters)  # of predict alone
 # What a configuration file of `lightning` may hold, whatever the verb that wrote it.
 KEYS = {"seed_everything", "trainer", "model", "data", *OPTIONS}.union(
@@ -34,8 +38,25 @@ KEYS = {"seed_everything", "trainer", "model", "data", *OPTIONS}.union(
 )
 
 
-class Paragraphs(DefaultHelpFormatter):
-    """Help whose descriptions keep their lines."""
+class PlainHelp(DefaultHelpFormatter):
+    """Help whose descriptions keep their lines, and whose arguments need no other page."""
+
+    @override
+    def _get_help_string(self, action: Any) -> str:
+        """Say what another class says of an argument where its own says "See DN2"."""
+        while found := REFERENCE.match(action.help or ""):
+            there = next(cls for cls in subclasses(Checked) if cls.__name__ == found["cls"])
+            said = {one.arg_name: one.description or "" for one in parse(there.__doc__ or "").params}
+            own = found["own"].strip()
+            rest = f"; {own}" if found["link"] == ";" else "."
+            action.help = own if found["link"] == ":" else said[action.dest.split(".")[-1]].rstrip(".") + rest
+        return super()._get_help_string(action)
+
+    @override
+    def _get_type_str(self, action: Any) -> str | None:
+        hint = action.type or getattr(action, "_typehint", None)
+        listed = hint is bool or get_origin(hint) is Literal  # beside the argument's name
+        return None if hint is None or listed else _shown(hint)
 
     @override
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -54,6 +75,11 @@ class OneSentenceParser(LightningArgumentParser):
         "Given value type",
         "Expected a path",
     )
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        alone = str(kwargs.get("description")).startswith("Help for ")  # of a class, whose flags all follow
+        super().__init__(*args, **{"formatter_class": PlainHelp} | ({"usage": SUPPRESS} if alone else {}) | kwargs)
 
     @override
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +140,19 @@ class OneSentenceParser(LightningArgumentParser):
         self.exit(2)
 
 
+def _shown(hint: Any) -> str:
+    """A type as help shows it: ``int (1 or more) | null``."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return f"{_shown(parts[0])} ({', '.join(map(str, parts[1:]))})"
+    if kind in (Union, UnionType):
+        return " | ".join(map(_shown, parts))
+    if kind is Literal:
+        return ", ".join(map(str, parts))
+    name = "null" if hint is NoneType else "..." if hint is ... else getattr(kind or hint, "__name__", str(hint))
+    return f"{name}[{', '.join(map(_shown, parts))}]" if parts else name
+
+
 def helpful(description: str) -> dict[str, Any]:
     """Settings of the parser of `lightning`, or of a verb: which classes there are, and an example, come first.
 
@@ -124,7 +163,7 @@ def helpful(description: str) -> dict[str, Any]:
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]" if verb else None
     there = f"Detectors: {names(Detector)}.\nData sets: {names(AnomalyDataModule)}.\n{EXAMPLE}"
     said = f"{verb + '.' if verb else ABOUT}\n\n{there}"
-    return {"prog": "lightning", "formatter_class": Paragraphs, "usage": usage, "description": said}
+    return {"prog": "lightning", "usage": usage, "description": said}
 
 
 def names(base: type[Any]) -> str:

@@ -42,7 +42,7 @@ class DN2(CalibratedByNeighbours, PretrainedDetector):
         optimize: How the network is computed: plain, channels_last, folded (BatchNorm of frozen layers folded into
             convolutions) or compiled (torch.compile); each option includes those before it. Scores agree up to float32
             rounding.
-        index_backend: torch, faiss, or auto, see KNNIndex.
+        index_backend: torch, faiss, or auto, which is torch.
         index_memory_mb: Memory that one chunk of the search may use, in MiB.
         shard_bank: Each process keeps only its own images' part of the bank and searches it for all processes; for
             banks too large for one device. Scores are the same.

@@ -77,6 +77,18 @@ def test_classes_are_known_by_name_and_number():
     assert [row.normal for row in rows({"dn2": "dn2"}, ("7", "0"))] == ["7", "0"]
     with pytest.raises(PandaError, match="names airplane twice"):
         rows({"dn2": "dn2"}, ("0", "airplane"), configs=config)
+    with pytest.raises(PandaError, match="names 11, zebra, but CIFAR10 has airplane, .*: choose from these"):
+        rows({"dn2": "dn2"}, ("0", "11", "zebra"), configs=config)
+
+
+@pytest.mark.parametrize("words", [("--model.normalize=yes",), ("--model.init_args.normalize=true",),
+                                   ("--model", "{class_path: PANDA, init_args: {normalize: true}}")])  # fmt: skip
+def test_rows_that_say_otherwise_how_they_score_are_trained_alone(words):
+    scorings = {"a": "early", "b": "early --model.normalize=true", "c": "early --model.normalize_loss=true"}
+    a, b, c = rows(scorings, classes=("9",))
+    assert a.training == b.training != c.training
+    a, b, c = rows(scorings, classes=("9",), words=words)
+    assert len({a.training, b.training, c.training}) == 3
 
 
 def test_where_files_are_does_not_make_another_row():
@@ -119,7 +131,8 @@ def test_every_row_has_its_own_name():
 
 def test_long_names_fit_into_a_file_system_and_stay_apart():
     long = "x" * 200
-    plan = rows({long + "a": "dn2", long + "b": "dn2"}, classes=(long + "8", long + "9"), seeds=(0, 1))
+    own = [str(HOME / "conf/folder.yaml")]
+    plan = rows({long + "a": "dn2", long + "b": "dn2"}, classes=(long + "8", long + "9"), seeds=(0, 1), configs=own)
     assert len({row.name for row in plan}) == 8
     assert max(len(row.name) for row in plan) < 130
 
@@ -138,6 +151,14 @@ def test_what_is_no_detector_is_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("model: {class_path: torch.nn.Linear}\n")
     with pytest.raises(PandaError, match="Linear is not a detector"):
         rows({"x": str(tmp_path / "x.yaml")})
+    for text, said in (
+        ("model: {class_path: nowhere.Mine}", r"nowhere.Mine cannot be imported \(No module named 'nowhere'\)"),
+        ("- a", "x.yaml is no configuration: it must hold keys"),
+        ("a: [", r"x.yaml cannot be read as a configuration \([^\n]*\)\.$"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(PandaError, match=said):
+            rows({"x": str(tmp_path / "x.yaml")})
     with pytest.raises(PandaError, match="not known beforehand"):
         planned([str(HOME / "conf/folder.yaml")], {"dn2": "dn2"}, None, [0])
 

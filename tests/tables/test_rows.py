@@ -185,6 +185,28 @@ def test_a_run_that_never_scored_for_others_leaves_them_to_themselves(study, wor
     assert made[plan[1]].curve == Rows(workdir / "alone").read()[0].curve
 
 
+@pytest.mark.parametrize("kind", ["stops", "own", "msc"])
+def test_what_may_look_at_scores_is_trained_for_each_scoring(study, workdir, monkeypatch, kind):
+    monkeypatch.syspath_prepend(str(workdir))
+    (workdir / "own_norm.py").write_text(
+        "from panda_lightning import PANDA\n\n\nclass OwnNorm(PANDA):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        return super().training_step(batch, batch_idx) * (3 if self.normalize else 1)\n"
+    )
+    stopping = "{class_path: EarlyStopping, init_args: {monitor: val/auroc, mode: max, patience: 1}}"
+    (workdir / "stops.yaml").write_text(
+        f"model: {{class_path: PANDA, init_args: {{ewc_weight: 0}}}}\ntrainer: {{callbacks+: [{stopping}]}}\n"
+    )
+    (workdir / "own.yaml").write_text("model: {class_path: own_norm.OwnNorm, init_args: {ewc_weight: 0}}\n")
+    variant = kind if kind == "msc" else f"{kind}.yaml"
+    methods = {"plain": variant, "normalised": f"{variant} --model.normalize=true"}
+    made = dict(Rows(workdir / "table").make(planned(["digits.yaml"], methods, ["8"], [0], WORDS)))
+    assert trained("table") == {"Digits-8-plain", "Digits-8-normalised"}
+    errors = [found.error for found in made.values()]
+    assert errors[0] is None
+    assert (errors[1] is None) == (kind != "msc")  # which has no such argument
+
+
 def test_rows_say_what_made_them(study, workdir):
     list(Rows(workdir / "table").make(study[:1]))
     known = json.loads(next((workdir / "table/rows").glob("*.json")).read_text())

@@ -1,10 +1,12 @@
 """Several processes: each thing is done once, and nothing goes on when the first process ends."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ def squared(number):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == "ended":
         sys.exit(75)
+    if number == "saves":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    Path("begun").touch()
     time.sleep(60)
     return None
 
@@ -38,12 +43,14 @@ def test_nothing_to_do_starts_no_process():
     assert list(workers.done_by(2, squared, [])) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [("killed", 137), ("ended", 75)])
-def test_a_process_that_ends_ends_the_others(number, status):
+@pytest.mark.parametrize(
+    ("number", "end", "said"), [("killed", PandaError, "by signal 9"), ("ended", SystemExit, "75")]
+)
+@pytest.mark.usefixtures("workdir")
+def test_a_process_that_ends_ends_the_others(number, end, said):
     begin = time.monotonic()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(end, match=said):
         list(workers.done_by(2, squared, [number, "slow"]))
-    assert end.value.code == status
     assert time.monotonic() - begin < 50
 
 
@@ -53,19 +60,21 @@ def test_an_error_is_that_of_the_process():
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows ends processes without a signal")
-def test_a_signal_ends_all_of_them():
-    code = (
-        "from panda_lightning.tables.workers import done_by; from tests.tables.test_workers import squared\n"
-        "for found in done_by(2, squared, [1, 'slow', 'slow']): print(found, flush=True)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout.readline().startswith(b"(1,")
-    begin = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=50) == 143
-    assert process.stdout.read() == b""  # closed by the last process that held it
+@pytest.mark.parametrize(("name", "thing", "status"), [("SIGTERM", "slow", 143), ("SIGUSR1", "saves", 75)])
+def test_a_signal_ends_all_of_them(workdir, name, thing, status):
+    def tell():
+        while not (workdir / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    before, begin = signal.getsignal(getattr(signal, name)), time.monotonic()
+    Thread(target=tell, daemon=True).start()
+    with pytest.raises(SystemExit) as end:
+        list(workers.done_by(2, squared, [thing, thing, thing]))
+    assert end.value.code == status  # 75 only where one saved
     assert time.monotonic() - begin < 50
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(getattr(signal, name)) == before
 
 
 @pytest.mark.parametrize(

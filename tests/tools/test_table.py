@@ -76,6 +76,7 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
         (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is not a part"),
         (("--merge=x",), "--merge needs --folder"),
         (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is not a logger: choose from"),
+        (("--config=digits.yaml", "--loggers=CSVLogger"), "CSVLogger is not needed: each run is logged to CSV"),
         (("--config=digits.yaml", "--loggers=CometLogger"), "CometLogger needs the package comet_ml"),
         (("--merge=x", "--folder=y"), "x has no rows"),
     ],

@@ -22,7 +22,7 @@ from panda_lightning.types import PandaError
 
 VIEW = ("image_size", "crop", "resize", "interpolation")
 ELSEWHERE = tuple(f"--data.{name}=" for name in AnomalyDataModule.COMPUTING)  # where files are, not which
-NORMALIZE = re.compile(r"--model\.normalize=(true|false)", re.IGNORECASE)  # another value is refused by its own run
+NORMALIZE = re.compile(r"--model\.normalize=(true|false)", re.IGNORECASE)
 SET = {
     "--data": "--config", "--data.class_path": "--config", "--config": "--config", "--data.normal_class": "--classes",
     "--data.category": "--classes", "--seed_everything": "--seeds", "--data.seed": "--seeds", "--data.shots": "--shots",
@@ -77,7 +77,9 @@ class Row:
     @property
     def training(self) -> tuple[str, ...]:
         """What it is trained by: its words, but for those that say how images are scored then."""
-        return tuple(word for word in self.words if not NORMALIZE.fullmatch(word))
+        others = tuple(word for word in self.words if not NORMALIZE.fullmatch(word))
+        told_otherwise = any(re.search(r"\bnormalize\b", word) for word in others)  # which one counts is not known here
+        return self.words if told_otherwise else others
 
     @property
     def normalize(self) -> bool | None:
@@ -130,7 +132,10 @@ def planned(
     kind = str((laid.get("data") or {}).get("class_path", "")).split(".")[-1]
     known = {cls.__name__: cls for cls in subclasses(AnomalyDataModule)}
     key, names = known[kind].problems() if kind in known else ("normal_class", ())
+    there = names
     names = names if classes is None else _named(classes, names)
+    if there and (unknown := [name for name in names if name not in there]):
+        raise PandaError(f"--classes names {', '.join(unknown)}, but {kind} has {', '.join(there)}: choose from these.")
     if not names:
         raise PandaError(f"the classes of {kind or 'the data set'} are not known beforehand: name them with --classes.")
     common, variants = joined(words), Path(configs[0]).parent / "variants"
@@ -229,7 +234,10 @@ class _Method:
         path = (self.content.get("model") or {}).get("class_path") or (laid.get("model") or {}).get("class_path") or ""
         module, _, name = str(path).rpartition(".")
         if module.partition(".")[0] not in ("", "panda_lightning"):  # the user's own
-            import_module(module)
+            try:
+                import_module(module)
+            except ImportError as error:
+                raise PandaError(f"{path} cannot be imported ({error}): run the command beside its file.") from error
         cls: type[Detector] | None = next((cls for cls in subclasses(Detector) if cls.__name__ == name), None)
         if cls is None:
             raise PandaError(f"{name or 'nothing'} is not a detector: choose a variant of one.")
@@ -244,9 +252,11 @@ class _Method:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = yaml.safe_load(path.read_text("utf-8")) or {}
+        found: Any = yaml.safe_load(path.read_text("utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise PandaError(f"{path} cannot be read as a configuration ({error}).") from error
+        raise PandaError(f"{path} cannot be read as a configuration ({' '.join(str(error).split())}).") from error
+    if not isinstance(found, dict):
+        raise PandaError(f"{path} is no configuration: it must hold keys such as model and data, each with a colon.")
     return found
 
 

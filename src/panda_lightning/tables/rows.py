@@ -26,11 +26,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
 from panda_lightning.callbacks import Report, SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.cli import PandaCLI, run
-from panda_lightning.command.endings import silence
+from panda_lightning.command.endings import refusal, silence
 from panda_lightning.command.parser import VERSION
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import DN2, Detector
@@ -134,7 +135,7 @@ class Rows:
             again: Also rows that failed before.
             jobs: How many to make at a time, each in a process of its own.
         """
-        together, groups = partial(self._together, again), self._groups(rows)
+        together, groups = partial(self._together, again), self.groups(rows)
         if jobs > 1:
             missing = [group for group in groups if any(self._missing(row, again) for row in group)]
             yield from ((row, None) for group in groups if group not in missing for row in group)
@@ -142,7 +143,7 @@ class Rows:
         for made in map(together, groups) if jobs == 1 else done_by(jobs, together, groups):
             yield from made
 
-    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that are trained alike; loggers want a run for each."""
         groups: dict[Any, list[Row]] = {}
         for row in rows:
@@ -186,7 +187,7 @@ class Rows:
         except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise PandaError(f"{failure}. Free disk space, and run the same command again.") from failure
-            error = " ".join(str(failure).split()) or type(failure).__name__
+            error = " ".join(str(refusal(failure) or failure).split()) or type(failure).__name__
         seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
         seconds[row] = before + time.monotonic() - begin - extra
         return [  # its own row last: killed before it, the run goes on from its end, and writes the others again
@@ -301,8 +302,7 @@ class Rows:
                     self.model.prefix_cache_dir = cache
                 if isinstance(self.model, DN2) and not self.model.learns:
                     callbacks.append(_FeaturesOnce(cache))
-                searches = isinstance(self.model, DN2) and self.model.has_bank and not self.model.shard_bank
-                if others and searches:
+                if others and _trains_for_others(self.model, callbacks):
                     own = self.model.normalize
                     asked = {row.name: own if row.normalize is None else row.normalize for row in others}
                     callbacks.append(OtherScorings(asked))
@@ -313,6 +313,18 @@ class Rows:
                     callbacks.insert(0, SaveOnSignal())  # a table that is told to end loses no epoch
 
         return Sharing
+
+
+def _trains_for_others(model: Any, callbacks: Sequence[Any]) -> bool:
+    """Whether training is the same for each value of ``normalize``.
+
+    Classes of users may read it, or a score; and what monitors a metric may stop by it.
+    """
+    known = ("panda_lightning.", "pytorch_lightning.")
+    ours = all(type(one).__module__.startswith(known) for one in (model, *callbacks))
+    stops = any(getattr(one, "monitor", None) and not isinstance(one, Checkpoint) for one in callbacks)
+    searches = isinstance(model, DN2) and "normalize" in model.hparams and model.has_bank and not model.shard_bank
+    return ours and searches and not stops
 
 
 class _FeaturesOnce(pl.Callback):

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any, TypeVar
@@ -12,7 +12,8 @@ import torch
 
 from panda_lightning.command.endings import pass_over_imports, silence
 from panda_lightning.command.words import find_own_classes
-from panda_lightning.runtime.systems import TRY_AGAIN
+from panda_lightning.runtime.systems import ENDING, TRY_AGAIN
+from panda_lightning.types import PandaError
 
 Thing = TypeVar("Thing")
 Done = TypeVar("Done")
@@ -31,7 +32,8 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
 
     Raises:
         Exception: What ``do`` raised.
-        SystemExit: With the status of a process that has ended.
+        PandaError: If a process was killed.
+        SystemExit: With the status of a process that has ended; told to end, with 75 where one of them can go on.
     """
     context, todo = _context(), iter(things)
     processes: dict[Any, Any] = {}  # by this end of the pipe
@@ -57,11 +59,19 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
                 for pipe in connection.wait(list(processes)):
                     yield _received(pipe, processes)
                     give(pipe)
+        except SystemExit as told:
+            _end(processes.values())
+            again = any(process.exitcode == TRY_AGAIN for process in processes.values())
+            raise SystemExit(TRY_AGAIN if again else told.code) from None
         finally:
-            for process in processes.values():
-                process.terminate()
-            for process in processes.values():
-                process.join()
+            _end(processes.values())
+
+
+def _end(processes: Iterable[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
 
 
 def _context() -> Any:
@@ -100,6 +110,11 @@ def _received(pipe: Any, processes: dict[Any, Any]) -> Any:
         process = processes.pop(pipe)
         process.join()
         code = process.exitcode
+        if code < 0 and -code not in (signal.SIGINT, *ENDING):
+            raise PandaError(
+                f"a process that made a run was killed by signal {-code}, perhaps because memory ran out: run the same "
+                "command again, with fewer --jobs."
+            ) from None
         raise SystemExit(128 - code if code < 0 else code or TRY_AGAIN) from None
     if isinstance(found, Exception):
         raise found
@@ -117,9 +132,10 @@ def _shares(jobs: int) -> list[tuple[int, str | None]]:
 
 @contextmanager
 def _ended_by_a_signal() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does, by an exception."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """What tells a run to end does so as Ctrl-C does, by an exception."""
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -63,7 +63,7 @@ def arguments(parser: OneSentenceParser) -> None:
     add("--folder", type=Path | None, default=None, help="Folder for all files; by default tables/<data set>.")
     add("--loggers", type=Listed, default="", help="Besides CSV: AutoWandbLogger, TensorBoardLogger, MLFlowLogger.")
     add("--shard", type=str | None, default=None, help="Run only the i-th of n parts: i/n.")
-    add("--jobs", type=Count, default=1, help="Rows to run at a time; each has its share of the CPU and the GPUs.")
+    add("--jobs", type=Count, default=1, help="Runs to make at a time; each has its share of the CPU and the GPUs.")
     add("--again", type=bool, default=False, help="Run failed rows again.")
     add("--run", type=bool, default=True, help="false: run nothing, and write the table of the finished rows.")
     add("--merge", type=Listed, default="", help="Copy the rows of these folders into --folder, and run nothing.")
@@ -112,6 +112,8 @@ def _loggers(given: Any) -> list[str]:
     named = _listed(given)
     known = sorted(cls.__name__ for cls in subclasses(Logger) if not isabstract(cls))
     for name in named:
+        if name == CSVLogger.__name__:
+            raise PandaError("--loggers=CSVLogger is not needed: each run is logged to CSV, so leave it out.")
         if name not in known:
             raise PandaError(f"--loggers={name} is not a logger: choose from {', '.join(known)}.")
         if name in PACKAGES and not any(map(find_spec, PACKAGES[name])):
@@ -194,19 +196,22 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
     console = Console(file=sys.stdout)  # runs have theirs redirected
     columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn(), TextColumn("{task.fields[end]}"))
     waiting = {row.name: row for row in plan if again or not rows.path(row).is_file()}
+
+    def at_once() -> int:
+        return min(jobs, len(rows.groups(list(waiting.values()))) or 1)
+
     expected = Expected(rows.read())
     options: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    at_once = f", {jobs} at a time" if jobs > 1 else ""
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
             whole = progress.add_task("", total=len(plan), end="")
             single = progress.add_task("", total=None, end="", visible=jobs == 1)
             made = rows.make(plan, again, jobs)
             for number, row in enumerate(plan):
-                left, unknown = expected.left(list(waiting.values()), jobs)
+                left, unknown = expected.left(list(waiting.values()), at_once())
                 end = time.strftime("%H:%M", time.localtime(time.time() + left))
                 known = f"until about {end}{' at least' if unknown else ''}" if left else ""
-                told = f"Run {number + 1} of {len(plan)}{at_once}"
+                told = f"Row {number + 1} of {len(plan)}{f', {at_once()} at a time' if jobs > 1 else ''}"
                 progress.update(whole, completed=number, description=told, end=known)
                 own = expected.seconds(row)
                 name = f"{row.normal}, {row.column}, seed {row.seed}"
@@ -216,7 +221,7 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
                 waiting.pop(row.name, None)
                 if found is not None:
                     expected.known += [found] if found.error is None else []
-                    rest = _left(*expected.left(list(waiting.values()), jobs)) if waiting else ""
+                    rest = _left(*expected.left(list(waiting.values()), at_once())) if waiting else ""
                     console.print(f"{_line(rows, found)}{rest}", soft_wrap=True, markup=False, highlight=False)
     except (KeyboardInterrupt, SystemExit) as end_of_it:
         done = sum(rows.path(row).is_file() for row in plan)
@@ -225,7 +230,10 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
         raise SystemExit(130 if code == 1 else code) from end_of_it  # Lightning ends with 1 at Ctrl-C
     missing = sum(not rows.path(row).is_file() for row in plan)
     if missing:
-        console.print(f"Another process is running {missing} of these rows: --run false then writes the whole table.")
+        console.print(
+            f"Another process is making {missing} of these rows, which are not in the table yet: when it is done, "
+            "--run false writes the whole table.", soft_wrap=True,
+        )  # fmt: skip
 
 
 def _left(seconds: float, unknown: Sequence[str]) -> str:

@@ -42,13 +42,15 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs draw neither report.png nor maps.png, which takes half a second, but in tests with the mark ``pictures``."""
-    if "pictures" not in request.keywords:
-        from panda_lightning.callbacks import Report, anomaly_maps  # not before pytest's log handlers are there
+    with pytest.MonkeyPatch.context() as patch:
+        if "pictures" not in request.keywords:
+            from panda_lightning.callbacks import Report, anomaly_maps  # not before pytest's log handlers are there
 
-        monkeypatch.setattr(Report.__init__, "__defaults__", (False,))
-        monkeypatch.setattr(anomaly_maps, "draw", lambda path, *_: path.touch())
+            patch.setattr(Report.__init__, "__defaults__", (False,))
+            patch.setattr(anomaly_maps, "draw", lambda path, *_: path.touch())
+        yield
 
 
 @pytest.fixture(autouse=True)

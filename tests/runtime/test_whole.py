@@ -182,6 +182,7 @@ def test_a_folder_that_cannot_be_written_to_lets_everyone_in(tmp_path, monkeypat
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "open", refused)
-    with alone(tmp_path), alone(tmp_path):
-        assert not names(tmp_path)
+    with monkeypatch.context() as patch:  # the folder is removed before monkeypatch ends
+        patch.setattr(os, "open", refused)
+        with alone(tmp_path), alone(tmp_path):
+            assert not names(tmp_path)

@@ -239,7 +239,7 @@ def test_a_file_that_was_damaged_is_not_left_behind(tmp_path, folder, monkeypatc
     monkeypatch.setattr(export, "write", damaged)
     with pytest.raises(SystemExit) as ended:
         main(["export", f"--ckpt_path={path}", "-o", str(output), f"--format={'onnx' if kind == 'onnx' else 'torch'}",
-              f"--verify={folder / 'train'}"])  # fmt: skip
+              f"--verify={folder / 'train'}", "--input=final"])  # fmt: skip
     said = "its bank is not that of the detector" if what == "bank row" else "score of picture"
     assert f"is not kept, because it does not give the detector's scores: {said}" in str(ended.value.code)
     assert not list(output.parent.iterdir())
@@ -281,7 +281,7 @@ def test_a_mixed_precision_run_is_exported_in_float32_without_its_calibration(tm
     )  # fmt: skip
     run.fit(detector, images(folder, calibration_fraction=0.4))
     run.save_checkpoint(tmp_path / "last.ckpt")
-    proof = export.export(tmp_path / "last.ckpt", tmp_path / "d.onnx")
+    proof = export.export(tmp_path / "last.ckpt", tmp_path / "d.onnx", resizes=False)
     assert caplog.text.count("scored in bf16-mixed; the file scores in float32, without p-values") == 1
     assert facts(tmp_path / "d.onnx")["calibration"] == "none"
     assert proof.largest < 1e-5

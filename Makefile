@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 REUSE ?= --reuse
-BIN = $(VENV)/bin
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+SPACE = $(subst ,, )
+STAMP = $(subst $(SPACE),\ ,$(VENV))/.installed
 
 .PHONY: demo test docs bench lint install release-check
 .DEFAULT_GOAL := demo
@@ -34,10 +36,10 @@ lint: install
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 
-install: $(VENV)/.installed
+install: $(STAMP)
 
 # Again only when the dependencies change; the package itself is installed editable.
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --upgrade pip
 	"$(BIN)/python" -m pip install --progress-bar off -e ".[test,docs]"

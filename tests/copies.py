@@ -1,4 +1,4 @@
-"""Processes that begin as copies of one that has imported everything: starting Python anew takes five seconds."""
+"""Processes that begin as copies of one that has imported everything: starting Python anew takes seconds."""
 
 import multiprocessing
 import os

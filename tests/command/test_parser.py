@@ -56,3 +56,26 @@ def test_types_and_what_other_classes_say(run, capsys):
         assert " ".join(own.split()) in helped(capsys, run, "fit", "--model.help=MSC")
     text = helped(capsys, run, "fit", "--model.help=PatchCore")
     assert "or a checkpoint file of this project; a checkpoint of PANDA gives its adapted network. (type: str" in text
+
+
+class Pointing(DN2):
+    """A user's own.
+
+    Args:
+        first: See https://nowhere.example/first.
+        second: See Nothing; but not here.
+        third: See DN2.
+        fourth: See Pointing.
+        backbone: See DN2; the second of two.
+    """
+
+    def __init__(self, first: int = 1, second: int = 2, third: int = 3, fourth: int = 4, backbone: str = "panda_tiny"):
+        super().__init__(backbone)
+
+
+def test_what_points_nowhere_stays_as_it_is(run, capsys):
+    text = helped(capsys, run, "fit", f"--model.help={__name__}.Pointing")
+    for kept in ("See https://nowhere.example/first. (type", "See Nothing; but not here. (type", "See DN2. (type"):
+        assert kept in text
+    assert "See Pointing. (type" in text
+    assert "or a checkpoint file of this project; the second of two. (type" in text

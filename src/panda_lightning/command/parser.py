@@ -44,12 +44,12 @@ class PlainHelp(DefaultHelpFormatter):
     @override
     def _get_help_string(self, action: Any) -> str:
         """Say what another class says of an argument where its own says "See DN2"."""
-        while found := REFERENCE.match(action.help or ""):
-            there = next(cls for cls in subclasses(Checked) if cls.__name__ == found["cls"])
-            said = {one.arg_name: one.description or "" for one in parse(there.__doc__ or "").params}
-            own = found["own"].strip()
+        known = {cls.__name__: cls for cls in subclasses(Checked)}  # others, and addresses, stay as they are
+        while (found := REFERENCE.match(action.help or "")) and (there := known.pop(found["cls"], None)):
+            said = {one.arg_name: one.description for one in parse(there.__doc__ or "").params}
+            told, own = said.get(action.dest.split(".")[-1]) or found[0], found["own"].strip()
             rest = f"; {own}" if found["link"] == ";" else "."
-            action.help = own if found["link"] == ":" else said[action.dest.split(".")[-1]].rstrip(".") + rest
+            action.help = own if found["link"] == ":" else told.rstrip(".") + rest
         return super()._get_help_string(action)
 
     @override

@@ -63,6 +63,17 @@ def test_means_over_classes_and_seeds(rows):
         assert told["cells"][name][normal]["value"] == pytest.approx(np.mean(pair))
 
 
+@pytest.mark.parametrize("towards", [0, 1])
+def test_a_mean_on_the_edge_of_rounding_is_the_same_however_it_was_added(rows, tmp_path, towards):
+    kind = drawn()[0]
+    label, score = (kind != "c0").astype(np.int64), np.arange(len(kind), dtype=np.float32)
+    other = Rows(tmp_path / "other machine")
+    for place, start in ((rows, 0.92225), (other, float(np.nextafter(0.92225, towards)))):
+        record(place, row("early", "c0", 0), score, label, kind, [(0, start), (1, 0.5)])
+    here, there = (summary(place, place.read(), None)["sets"][0]["methods"][0] for place in (rows, other))
+    assert here["start"] == there["start"] == 0.92225
+
+
 def test_kinds_are_each_class_against_the_normal_images(rows):
     kind, scores = one_against_the_rest(rows, methods=("dn2",))
     (told,) = summary(rows, rows.read(), None)["sets"]
@@ -131,7 +142,7 @@ def test_data_sets_are_compared_by_their_means(rows):
         record(rows, row("a", data=data), sign * score, label, kind)
         record(rows, row("b", data=data), -sign * score, label, kind)
     ranks = summary(rows, rows.read(), None)["ranks"]
-    assert dict(zip(ranks["methods"], ranks["average"], strict=True)) == {"a": 4 / 3, "b": 5 / 3}
+    assert dict(zip(ranks["methods"], ranks["average"], strict=True)) == pytest.approx({"a": 4 / 3, "b": 5 / 3})
 
 
 def test_curves_have_the_range_of_seeds(rows):

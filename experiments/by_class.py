@@ -1,0 +1,61 @@
+"""Draw what adaptation gains by class: python experiments/by_class.py FOLDER writes FOLDER/by_class.png.
+
+FOLDER holds the rows of a `panda table` with DN2, and with "DN2, normalised" if methods are normalised. A point is the
+AUROC of a method less that of DN2 on the same images, both raw or both normalised; bars are DeLong's 95 % intervals for
+pairs. Only classes count in the means at the right that all methods of a panel have.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from panda_lightning.formulas.uncertainty import difference
+from panda_lightning.tables.rows import Rows
+
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#767676")  # Okabe and Ito
+WORD = ", normalised"
+
+
+def draw(folder: Path) -> None:
+    """Draw the picture of a folder of rows."""
+    rows = Rows(folder)
+    kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in rows.read() if one.error is None}
+    names = sorted({column.removesuffix(WORD) for column, _ in kept} - {"DN2"})
+    classes = sorted({normal for column, normal in kept if not column.startswith("DN2")})
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, end in zip(figure.subplots(2, 1, sharex=True), ("", WORD), strict=True):
+        columns = sorted({column for column, _ in kept if column.endswith(WORD) == bool(end)} - {f"DN2{end}"})
+        whole = [normal for normal in classes if all((column, normal) in kept for column in columns)]
+        for place, column in enumerate(columns):
+            first = [normal for normal in classes if (column, normal) in kept]
+            gaps = [_gap(kept, column, f"DN2{end}", [normal]) for normal in first]
+            gaps.append(_gap(kept, column, f"DN2{end}", whole))
+            x = np.array([*map(classes.index, first), len(classes) + 0.3]) + 0.14 * (place - (len(columns) - 1) / 2)
+            value, low, high = (100 * np.array([getattr(gap, key) for gap in gaps]) for key in ("value", "low", "high"))
+            ends = (value - low, high - value)
+            name = column.removesuffix(WORD)
+            axes.errorbar(x, value, ends, fmt="o", ms=4, lw=1.2, color=COLOURS[names.index(name)], label=name)
+        axes.axhline(0, color="black", lw=0.8)
+        axes.axvline(len(classes) - 0.35, color="grey", lw=0.8, ls=":")
+        axes.set_xticks([*range(len(classes)), len(classes) + 0.3], [*classes, f"mean of {len(whole)}"])
+        axes.tick_params(labelbottom=True)
+        axes.set_title(f"{'normalised' if end else 'raw'} features", loc="left")
+        axes.set_ylabel("AUROC less DN2's, points")
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(ncols=len(columns), frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.98))
+    figure.savefig(folder / "by_class.png", dpi=110)
+
+
+def _gap(kept, column, base, classes):
+    """DeLong's paired difference, of a class or of a mean over classes."""
+    mine, theirs = ([kept[name, normal] for normal in classes] for name in (column, base))
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one["index"] == other["index"]).all()
+    one, other = (np.stack([own["score"] for own in side]).astype(np.float64) for side in (mine, theirs))
+    return difference(one, other, np.stack([own["label"] for own in mine]))
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))

@@ -74,6 +74,11 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
         (("--config=digits.yaml", "--methods=dn2,dn2"), "the method dn2 is named twice"),
         (("--config=digits.yaml", "--seeds=a"), "--seeds=a are not whole numbers"),
         (("--config=digits.yaml", "--shard=3/2"), "--shard=3/2 is not a part"),
+        (
+            ("--config=digits.yaml", "--methods={a: dn2, b: early --model.ewc_wieght=3}"),
+            "b cannot run: Option 'ewc_wieght' is not accepted. Accepted are backbone",
+        ),
+        (("--config=digits.yaml", "--methods={a: dn2, b: dn2 --model.k=0}"), "b cannot run: k=0 is not allowed"),
         (("--merge=x",), "--merge needs --folder"),
         (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is not a logger: choose from"),
         (("--config=digits.yaml", "--loggers=CSVLogger"), "CSVLogger is not needed: each run is logged to CSV"),
@@ -85,6 +90,7 @@ def test_what_is_not_possible_ends_in_a_sentence(study, words, said):
     with pytest.raises(SystemExit) as ended:
         main(["table", *words])
     assert said in str(ended.value.code)
+    assert not list(Path().glob("**/rows"))  # before the first run
 
 
 def table(folder, *words):

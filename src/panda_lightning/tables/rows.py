@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,23 @@ class Rows:
         for made in map(together, groups) if jobs == 1 else done_by(jobs, together, groups):
             yield from made
 
+    def require_words(self, rows: Sequence[Row]) -> None:
+        """Make what one run of each method is made of, so that a wrong word is known before the first run.
+
+        Raises:
+            PandaError: If a run could not begin.
+        """
+        for row in {row.method: row for row in rows}.values():
+            with TemporaryDirectory() as folder:
+                log = Path(folder) / "log.txt"
+                try:
+                    with _logged(log, []):
+                        run([*row.words, "--trainer.logger=false"], _NotRun)
+                except (SystemExit, Exception) as failure:
+                    if isinstance(failure, SystemExit) and failure.code != 2:  # a signal
+                        raise
+                    raise PandaError(f"{row.method} cannot run: {_sentence(failure, log)}") from failure
+
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that are trained alike; loggers want a run for each."""
         groups: dict[Any, list[Row]] = {}
@@ -183,11 +201,11 @@ class Rows:
             if end.code != 2:  # a signal or Ctrl-C, after which the run is to go on; 2 is a refused argument
                 spent.write_text(str(before + time.monotonic() - begin), "utf-8")
                 raise
-            error = log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
+            error = _sentence(end, log)
         except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise PandaError(f"{failure}. Free disk space, and run the same command again.") from failure
-            error = " ".join(str(refusal(failure) or failure).split()) or type(failure).__name__
+            error = _sentence(failure, log)
         seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
         seconds[row] = before + time.monotonic() - begin - extra
         return [  # its own row last: killed before it, the run goes on from its end, and writes the others again
@@ -325,6 +343,21 @@ def _trains_for_others(model: Any, callbacks: Sequence[Any]) -> bool:
     stops = any(getattr(one, "monitor", None) and not isinstance(one, Checkpoint) for one in callbacks)
     searches = isinstance(model, DN2) and "normalize" in model.hparams and model.has_bank and not model.shard_bank
     return ours and searches and not stops
+
+
+class _NotRun(PandaCLI):
+    """Makes trainer, model and data, and leaves it at that."""
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _sentence(failure: BaseException, log: Path) -> str:
+    """Why a run failed; of a refused argument the log's last line says it."""
+    if isinstance(failure, SystemExit):
+        return log.read_text("utf-8").strip().splitlines()[-1].removeprefix("error: ")
+    return " ".join(str(refusal(failure) or failure).split()) or type(failure).__name__
 
 
 class _FeaturesOnce(pl.Callback):

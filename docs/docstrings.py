@@ -1,4 +1,4 @@
-"""Docstrings as the site reads them: their formulas become fences of Markdown."""
+"""Docstrings as the site reads them: formulas become fences of Markdown, and "See DN2" what DN2 says."""
 
 import re
 import textwrap
@@ -6,16 +6,25 @@ from typing import Any
 
 import griffe
 
+from panda_lightning.command.parser import explained
+
 FORMULA = re.compile(r"^( *)\.\. math:: *(.*\n(?:(?:\1 +.*)?\n)*)", re.MULTILINE)
+ARGUMENT = re.compile(r"^( +)(\w+): (See .*(?:\n\1 +.*)*)", re.MULTILINE)
 
 
-class FormulaFences(griffe.Extension):  # type: ignore[misc]  # griffe is not there for mypy
-    """Writes ``.. math::`` blocks as fences."""
+class Readable(griffe.Extension):  # type: ignore[misc]  # griffe is not there for mypy
+    """Writes docstrings for readers of one page."""
 
     def on_instance(self, *, obj: Any, **kwargs: Any) -> None:
         """Change the docstring of one object."""
         if obj.docstring:
-            obj.docstring.value = FORMULA.sub(_fence, obj.docstring.value + "\n").rstrip()
+            text = ARGUMENT.sub(_explained, obj.docstring.value)
+            obj.docstring.value = FORMULA.sub(_fence, text + "\n").rstrip()
+
+
+def _explained(found: re.Match[str]) -> str:
+    told = explained(found[2], " ".join(found[3].split()))
+    return f"{found[1]}{found[2]}: {' '.join(told.split())}"
 
 
 def _fence(found: re.Match[str]) -> str:

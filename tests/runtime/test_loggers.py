@@ -139,3 +139,11 @@ def test_a_version_that_the_user_gave_stays(tmp_path):
     claim_folder(DummyLogger())
     assert logger.log_dir == str(tmp_path / "digits" / "mine")
     assert not list(tmp_path.iterdir())
+
+
+def test_places_are_said_from_the_current_folder_on(workdir):
+    inside = workdir / "runs/version_0"
+    assert [str(loggers.from_here(path)) for path in (inside, "runs/version_0")] == [
+        os.path.join("runs", "version_0")
+    ] * 2
+    assert loggers.from_here(workdir.parent) == workdir.parent

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from panda_lightning.formulas.metrics import auroc
+from panda_lightning.runtime.loggers import from_here
 from panda_lightning.runtime.whole import new_file
 
 Row = dict[str, float]
@@ -157,10 +158,10 @@ class Report(pl.Callback):
         console.print(line, soft_wrap=True)
         if len(scores) and self.pictures:
             draw(self._folder / "report.png", scores, labels, self.rows, name, headline(pl_module))
-            console.print(f"Pictures: {self._folder / 'report.png'}", soft_wrap=True)
+            console.print(f"Pictures: {from_here(self._folder / 'report.png')}", soft_wrap=True)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and trainer.state.fn == "fit":
-            console.print(f"Checkpoint: {path}", soft_wrap=True)
+            console.print(f"Checkpoint: {from_here(path)}", soft_wrap=True)
 
 
 def _table(rows: list[Row], title: str) -> Table:

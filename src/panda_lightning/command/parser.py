@@ -38,18 +38,25 @@ KEYS = {"seed_everything", "trainer", "model", "data", *OPTIONS}.union(
 )
 
 
+def explained(name: str, text: str) -> str:
+    """What is said of an argument, with what another class says of it where this one says "See DN2"."""
+    known = {cls.__name__: cls for cls in subclasses(Checked)}  # others, and addresses, stay as they are
+    while (found := REFERENCE.match(text)) and (there := known.pop(found["cls"], None)):
+        told = next((one.description for one in parse(there.__doc__ or "").params if one.arg_name == name), None)
+        if told is None:
+            break
+        own = found["own"].strip()
+        rest = f"; {own}" if found["link"] == ";" else "."
+        text = own if found["link"] == ":" else told.rstrip(".") + rest
+    return text
+
+
 class PlainHelp(DefaultHelpFormatter):
     """Help whose descriptions keep their lines, and whose arguments need no other page."""
 
     @override
     def _get_help_string(self, action: Any) -> str:
-        """Say what another class says of an argument where its own says "See DN2"."""
-        known = {cls.__name__: cls for cls in subclasses(Checked)}  # others, and addresses, stay as they are
-        while (found := REFERENCE.match(action.help or "")) and (there := known.pop(found["cls"], None)):
-            said = {one.arg_name: one.description for one in parse(there.__doc__ or "").params}
-            told, own = said.get(action.dest.split(".")[-1]) or found[0], found["own"].strip()
-            rest = f"; {own}" if found["link"] == ";" else "."
-            action.help = own if found["link"] == ":" else told.rstrip(".") + rest
+        action.help = explained(action.dest.split(".")[-1], action.help or "")
         return super()._get_help_string(action)
 
     @override

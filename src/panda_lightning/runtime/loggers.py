@@ -71,9 +71,8 @@ class AutoWandbLogger(WandbLogger):
                 self._wandb_init = quiet | self._wandb_init | {"mode": "offline"}
                 run = super().experiment
             if self._wandb_init.get("mode") == "offline":
-                folder = Path(run.settings.sync_dir)
-                here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-                rank_zero_info(f"W&B is offline. To upload this run later: wandb sync {here}")
+                folder = from_here(run.settings.sync_dir)
+                rank_zero_info(f"W&B is offline. To upload this run later: wandb sync {folder}")
             run.log = self._while_it_lives(run.log)
             for metrics in ("val/*", "train/*", "test/*", "bank/*", "features/*", "scores/*"):
                 run.define_metric(metrics, step_metric="epochs_trained")
@@ -94,6 +93,11 @@ class AutoWandbLogger(WandbLogger):
                     rank_zero_warn(f"W&B's process has died ({error}): this run continues without it, and {kept}.")
 
         return guarded
+
+
+def from_here(path: str | Path) -> Path:
+    """The path from the current folder on, if it lies there: shorter to read and to copy."""
+    return Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else Path(path)
 
 
 def introduce(trainer: Any, method: str) -> None:

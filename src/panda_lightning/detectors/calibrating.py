@@ -110,9 +110,9 @@ class CalibratedByNeighbours(Calibrated):
         return scores
 
     def _held_scores(self: Any, features: Tensor) -> Tensor:
-        distances: Tensor = self._neighbours(features.to(self.device), self.k)[0]
+        distances: Tensor = self.distances_of(features.to(self.device))
         self.all_scored()
-        return widenable(distances.sum(dim=1)).double()
+        return widenable(distances).double()
 
     @override
     def leave_one_out(self: Any) -> Tensor | None:

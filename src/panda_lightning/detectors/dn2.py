@@ -92,7 +92,11 @@ class DN2(CalibratedByNeighbours, PretrainedDetector):
 
     @override
     def anomaly_score(self, batch: Batch) -> Tensor:
-        return self._neighbours(self.embed(batch), self.k)[0].sum(dim=1)
+        return self.distances_of(self.embed(batch))
+
+    def distances_of(self, features: Tensor) -> Tensor:
+        """Sum of the distances of features (B, D) to the k nearest of the bank: (B,)."""
+        return self._neighbours(features, self.k)[0].sum(dim=1)
 
     @override
     def explained(self, batch: Batch) -> dict[str, Tensor]:

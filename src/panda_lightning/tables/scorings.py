@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,6 +36,8 @@ class OtherScorings(pl.Callback):
         self.seconds = 0.0
         self._parts: dict[str, list[tuple[Tensor, ...]]] = {}
         self._indices: dict[str, Any] = {}
+        self._features: Tensor | None = None  # of the batch that the detector has just scored
+        self._hook: Any = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -49,6 +52,16 @@ class OtherScorings(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.steps_trained == 0:
             self.found = {name: {"curve": []} for name in self.normalize}
+        self._hook = pl_module.backbone.register_forward_hook(self._passed)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _passed(self, backbone: Any, images: Any, features: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            self._features = features
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -60,10 +73,13 @@ class OtherScorings(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         begin = time.monotonic()
+        assert self._features is not None
         with trainer.precision_plugin.val_step_context(), precision.computed_as(pl_module):
             for name, parts in self._parts.items():
                 with self._scoring(pl_module, name):
-                    parts.append((batch["index"], pl_module.anomaly_score(batch), batch["label"]))
+                    score = pl_module.distances_of(self._features.float())
+                parts.append((batch["index"], score, batch["label"]))
+        self._features = None
         self.seconds += time.monotonic() - begin
 
     @override

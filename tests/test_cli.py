@@ -228,6 +228,49 @@ def test_fit_then_test_without_training_images_then_resume(run, workdir):
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("logger", "place"),
+    [
+        (["--trainer.logger=false"], "checkpoints"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x", "--trainer.logger.version=mine"], "x/*/mine"),
+        ([], "lightning_logs/version_0"),
+    ],
+)
+def test_last_is_found_whatever_the_logger(run, workdir, caplog, logger, place):
+    folder = make_folder(workdir / "images")
+    caplog.set_level("INFO")
+    for epochs in (1, 2):
+        words = [word for word in fast(folder, epochs=epochs) if not word.startswith("--trainer.logger")]
+        run("fit", *words, *logger, "--ckpt_path=last")
+        if epochs == 1:
+            assert "there is no checkpoint of this configuration yet" in caplog.text
+            (path,) = workdir.glob(f"{place}/**/last.ckpt")
+    assert f"ckpt_path=last: {path.relative_to(workdir)}" in caplog.text
+
+
+def test_last_has_the_seed_that_is_asked_for(run, workdir, caplog):
+    words = ["fit", *fast(make_folder(workdir / "images"), epochs=1), "--ckpt_path=last"]
+    caplog.set_level("INFO")
+    run(*words, "--seed_everything=1")
+    for seed, said in (
+        ("2", "last.ckpt has other settings: seed_everything 2, not 1"),
+        ("1", "ckpt_path=last: runs/t/version_0/"),
+        ("true", "ckpt_path=last: runs/t/version_"),
+    ):
+        caplog.clear()
+        run(*words, f"--seed_everything={seed}")
+        assert said in caplog.text
+
+
+def test_loose_images_may_be_named_before_the_checkpoint(run, workdir):
+    folder = make_folder(workdir / "images")
+    run("fit", *fast(folder, epochs=1))
+    last = "runs/t/version_0/checkpoints/last.ckpt"
+    for words in ([f"--ckpt_path={last}"], ["--ckpt_path", last]):
+        run("predict", "--data.images", str(folder / "test"), *words)
+    assert len(list(workdir.glob("**/predictions.csv"))) == 2
+
+
 @pytest.mark.parametrize("verb", ["test", "validate"])
 def test_dn2_is_saved_and_tested_again_without_images(run, workdir, verb):
     folder = make_folder(workdir / "images")

@@ -46,3 +46,7 @@ class Scores:
 
 class PandaError(ValueError):
     """A mistake the user can mend; the command line prints its one sentence without a traceback."""
+
+
+class UnwritableError(PandaError):
+    """A file could not be written, most often for want of room: other runs would fail likewise."""

@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 
+from panda_lightning.callbacks import Predictions
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
 from tests.conftest import fast, make_folder
 
@@ -47,6 +48,30 @@ def test_sample_wise_early_stopping_has_a_column(run, workdir):
     rows = written(workdir / "runs/t/version_1/predictions.csv")
     assert len(rows) == 13
     assert list(rows[0])[:3] == ["path", "score", "ses_score"]
+
+
+def test_rows_with_other_columns_are_not_gone_on_with(run, workdir, monkeypatch):
+    folder = make_folder(workdir / "images")
+    words = [w for w in fast(folder) if "trainer.callbacks" not in w]
+    checkpoint = "{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false}}"
+    ses = "{class_path: SampleWiseEarlyStopping, init_args: {keep_snapshots: true}}"
+    words += ["--model.ewc_weight=0", "--data.eval_batch_size=4"]
+    run("fit", *words, f"--trainer.callbacks=[{checkpoint}, {ses}]")
+    end = Predictions.on_predict_batch_end
+
+    def stopped(*told):
+        end(*told)
+        raise KeyboardInterrupt
+
+    last = "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictions, "on_predict_batch_end", stopped)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run("predict", *words, last)
+    run("predict", *words, f"--trainer.callbacks=[{ses}]", last)
+    (table,) = (workdir / "runs/t").glob("*/predictions.csv")
+    assert all(row["ses_score"] for row in written(table))
+    assert len(written(table)) == 13
 
 
 def test_colours_span_the_range_and_the_outline_is_the_edge_of_the_mask():

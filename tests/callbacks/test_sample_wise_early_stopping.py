@@ -73,7 +73,8 @@ def test_copies_in_the_bank_do_not_hide_an_image_from_itself():
     assert detector.normal_score() == pytest.approx(50 / 6)
 
 
-def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplog):
+@pytest.mark.parametrize("place", ["part", "rest"])  # as versions of a log are
+def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplog, place):
     settings = {"ewc_weight": 0, "grad_clip": 10.0, "lr": 0.1}
     whole = SampleWiseEarlyStopping(keep_snapshots=True)
     caplog.set_level("INFO")
@@ -84,9 +85,9 @@ def test_snapshots_score_new_images_and_survive_a_resume(tmp_path, folder, caplo
     part, resumed = (SampleWiseEarlyStopping(keep_snapshots=True) for _ in range(2))
     trainer(tmp_path, 2, part, checkpoint(tmp_path / "part")).fit(PANDA("panda_tiny", **settings), data(folder))
     path = tmp_path / "part/ck/last.ckpt"
-    trainer(tmp_path, 3, resumed, checkpoint(tmp_path / "part")).fit(
-        PANDA("panda_tiny", **settings), data(folder), ckpt_path=path
-    )
+    last = trainer(tmp_path, 3, resumed, checkpoint(tmp_path / place))
+    last.fit(PANDA("panda_tiny", **settings), data(folder), ckpt_path=path)
+    path = tmp_path / place / "ck/last.ckpt"
     torch.testing.assert_close(resumed.score, whole.score, rtol=1e-4, atol=1e-6)
 
     again = SampleWiseEarlyStopping()

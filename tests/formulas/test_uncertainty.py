@@ -423,11 +423,19 @@ def test_one_kind_of_image_is_refused(function, label):
         function(np.array([0, np.nan, 2, 3]), BOTH)
 
 
+def test_one_image_of_a_group_leaves_everything_possible():
+    one = np.array([0, 0, 1, 0])  # whose AUROC is 2/3
+    for found in (interval(ONE, one), interval(ONE, np.array([0, 1, 0, 1]), groups=np.array([0, 1, 2, 2]))):
+        assert (found.error, found.low, found.high, found.reliable) == (np.inf, 0, 1, False)
+    gap = difference(ONE, -ONE, one)
+    assert (gap.value, gap.low, gap.high, gap.reliable) == (pytest.approx(1 / 3), -1, 1, False)
+    assert delong(ONE, -ONE, one).p == 1
+    assert joined([(interval(ONE, BOTH), 1), (interval(ONE, one), 1)])[1:] == (np.inf, 0, 1, False)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: interval(ONE, np.array([0, 0, 0, 1])), "A group has only one image"),
-        (lambda: interval(ONE, BOTH, groups=np.array([0, 1, 2, 2])), "A group has only one image"),
         (lambda: interval(ONE, BOTH[:3]), r"Scores \(1, 4\) and labels \(1, 3\)"),
         (lambda: interval(np.stack([ONE] * 3), np.stack([BOTH] * 2)), r"Scores \(3, 4\) and labels \(2, 4\)"),
         (lambda: interval(ONE, BOTH, groups=np.zeros(3)), r"There are groups \(3,\) for 4 images"),

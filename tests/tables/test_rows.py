@@ -19,6 +19,7 @@ from panda_lightning.cli import run as command
 from panda_lightning.tables.plan import planned
 from panda_lightning.tables.rows import Rows
 from panda_lightning.tables.scorings import OtherScorings
+from panda_lightning.types import UnwritableError
 from tests import copies
 from tests.tables.recorded import METHODS, WORDS
 
@@ -257,11 +258,36 @@ def test_two_devices_make_the_rows_of_one(study, workdir):
     assert [found for _, found in two.make(several)] == [None]
 
 
-def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free disk space, and run the same command again"),
+        (UnwritableError("the checkpoint x could not be written"), "the checkpoint x could not be written"),
+    ],
+)
+def test_a_full_disk_ends_the_table_and_is_no_failed_row(study, workdir, monkeypatch, error, said):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("panda_lightning.tables.rows.run", full)
-    with pytest.raises(PandaError, match="Free disk space, and run the same command again"):
+    with pytest.raises(PandaError, match=said):
         list(Rows(workdir / "table").make(study))
     assert not list((workdir / "table/rows").glob("*"))
+
+
+def test_a_curve_whose_last_line_was_cut_off_goes_on(study, workdir):
+    rows, early = Rows(workdir / "table"), study[4]
+    ((_, found),) = rows.make([early])
+    (log,) = (workdir / "table/runs" / early.name).glob("version_*/metrics.csv")
+    log.write_bytes(log.read_bytes()[:-20])
+    (log.parent.parent / "version_1000").mkdir()
+    (log.parent.parent / "version_1000/metrics.csv").touch()
+    rows.path(early).unlink()
+    ((_, again),) = rows.make([early])
+    assert (again.curve, again.error) == (found.curve, None)
+
+
+def test_a_run_without_an_auroc_has_failed(study, workdir, monkeypatch):
+    monkeypatch.setattr("panda_lightning.detectors.base.Detector.log", lambda *_, **__: None)  # a user's own, perhaps
+    ((_, found),) = Rows(workdir / "table").make([study[3]])
+    assert found.error == "the run has given no AUROC: let it validate, on normal and anomalous images."

@@ -193,6 +193,14 @@ def test_published_figures_stand_by_the_variant_whatever_its_name(rows):
     assert "dn2" not in [one["name"] for one in told["others"]]
 
 
+def test_published_figures_are_of_one_class_against_all(rows):
+    kind, label, score = drawn()
+    one = row("dn2", data="CIFAR10")
+    record(rows, replace(one, words=(*one.words, "--data.protocol=leave_one_out")), score, label, kind)
+    (told,) = summary(rows, rows.read(), None)["sets"]
+    assert (told["methods"][0]["published"], told["others"]) == ([], [])
+
+
 def test_published_figures_are_compared_over_the_same_classes(rows):
     for seed, normal in enumerate(("bottle", "grid")):
         kind, label, score = drawn(seed)

@@ -79,6 +79,11 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
             "b cannot run: Option 'ewc_wieght' is not accepted. Accepted are backbone",
         ),
         (("--config=digits.yaml", "--methods={a: dn2, b: dn2 --model.k=0}"), "b cannot run: k=0 is not allowed"),
+        (
+            ("--config=digits.yaml", "--words=--trainer.fast_dev_run=true"),
+            "fast_dev_run and limit_val_batches=0 leave no",
+        ),
+        (("--config=digits.yaml", "--methods=early", "--words=--trainer.limit_val_batches=0"), "leave no AUROC"),
         (("--merge=x",), "--merge needs --folder"),
         (("--config=digits.yaml", "--loggers=Wandb"), "--loggers=Wandb is not a logger: choose from"),
         (("--config=digits.yaml", "--loggers=CSVLogger"), "CSVLogger is not needed: each run is logged to CSV"),
@@ -197,6 +202,29 @@ def test_failed_rows_are_merged_and_run_again_elsewhere(study, workdir, capsys):
     assert main(["table", "--merge=a", "--folder=both"]) == 1
     assert "| wrong | 0 of 1 | failed |" in capsys.readouterr().out
     assert main(["table", "--merge=a", "--folder=both"]) == 1
+
+
+def test_a_row_that_was_made_with_another_file_is_refused(study, workdir):
+    (workdir / "out.txt").write_text("")
+    words = ["table", "--config=digits.yaml", "--methods=dn2", "--folder=a"]
+    words += [f"--words={' '.join(WORDS)} --data.leave_out=out.txt"]
+    assert main([*words, "--classes=9"]) == 0
+    assert main([*words, "--classes=9"]) == 0
+    (workdir / "out.txt").write_text("# none\n")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--classes=8,9"])
+    assert "out.txt has changed since a/rows/Digits-9-dn2-0-" in str(ended.value.code)
+    (workdir / "out.txt").unlink()
+    assert main([*words, "--classes=9"]) == 0
+
+
+def test_one_image_of_a_kind_is_enough_for_a_table(study, workdir, capsys):
+    words = " ".join([*WORDS, "--data.test_limit=10"])
+    status, lines = table("a", "--config=digits.yaml", "--methods=dn2,early", "--classes=9", f"--words={words}")
+    assert status == 0
+    for line in lines.values():
+        assert (line["low"], line["high"], line["reliable"]) == ("0.0", "1.0", "False")
+    assert "[-100.00, +100.00] (!) | 1 |" in capsys.readouterr().out
 
 
 def test_a_row_that_was_damaged_is_named(study, workdir):

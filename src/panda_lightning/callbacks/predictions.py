@@ -80,8 +80,10 @@ class Predictions(Checked, pl.Callback):
             images: They; see pictures.loose.Loose.
         """
         folder, done = _folder(trainer), []
-        drawn = (self.maps, own_size(self.map_size, detector))
-        self._identity = fingerprint(detector.scored_by, detector.origin, images.fingerprint(), drawn)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        columns = [type(c).__name__ for c in callbacks if not type(c).__module__.startswith("pytorch_lightning.")]
+        shown = (self.maps, own_size(self.map_size, detector), columns)
+        self._identity = fingerprint(detector.scored_by, detector.origin, images.fingerprint(), shown)
         if trainer.is_global_zero:
             versions = folder.parent.glob("version_*") if folder.name.startswith("version_") else [folder]
             found = [_taken(part, self._identity) for v in sorted(versions) for part in sorted(v.glob(f"{PART}*"))]

@@ -1,5 +1,7 @@
 """PANDA-SES: each image is scored at the time of training that shows it as most anomalous."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,31 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
             raise PandaError(
                 f"SES needs a detector with a bank of features, but {pl_module.method} has none: leave "
                 "SampleWiseEarlyStopping out of the callbacks."
+            )
+
+        if self.keep_snapshots and trainer.ckpt_path:
+            self._bring_along(trainer, pl_module)
+
+    def _bring_along(self, trainer: pl.Trainer, detector: Any) -> None:
+        """Let the networks of earlier times, which lie beside the checkpoint, lie beside the new ones too."""
+        here, there = checkpoint_folder(trainer), Path(str(trainer.ckpt_path)).parent
+        missing = []
+        for steps in self.kept if trainer.is_global_zero else ():
+            old, new = (_snapshot(folder, detector.run_id, steps) for folder in (there, here))
+            if new.is_file():
+                continue
+            if not old.is_file():
+                missing.append(str(old))
+                continue
+            new.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(old, new)  # takes no room
+            except OSError:
+                shutil.copyfile(old, new)
+        if missing := trainer.strategy.broadcast(missing):
+            raise PandaError(
+                f"SES saved its networks beside the checkpoint to resume from, but {missing[0]} is missing: set "
+                "keep_snapshots to false, or start a new run."
             )
 
     # ---- fit: scores alone ---------------------------------------------------------------------------------------

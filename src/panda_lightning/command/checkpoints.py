@@ -68,9 +68,13 @@ def _folders(config: Namespace) -> list[Path]:
     trainer = config.trainer
     named, logs = ([part.init_args for part in _listed(parts)] for parts in (trainer.callbacks, trainer.logger))
     folders = [Path(args.dirpath) for args in named if args.get("dirpath")]
-    roots = [Path(args.save_dir) / (args.get("name") or "") for args in logs if args.get("save_dir")]
-    root = roots[0] if roots else Path(trainer.default_root_dir or ".") / "lightning_logs"
-    return folders or list(root.glob("version_*/checkpoints"))
+    home = Path(trainer.default_root_dir or ".")
+    if trainer.logger is False:
+        return folders or [home / "checkpoints"]
+    names = (args.get("project") or args.get("name") or "" for args in logs)  # W&B's own come by project
+    roots = [Path(args.save_dir) / name for args, name in zip(logs, names, strict=True) if args.get("save_dir")]
+    root = roots[0] if roots else home / "lightning_logs"
+    return folders or [root / "checkpoints", *root.glob("*/checkpoints")]  # a folder for each version, if any
 
 
 def _listed(parts: Any) -> list[Any]:

@@ -30,10 +30,10 @@ def completed(words: list[str]) -> list[str]:
     def places(flag: str) -> list[int]:
         return [i for i, word in enumerate(words) if re.match(rf"--{flag}(=|$)", word)]
 
-    path = places("ckpt_path")
     if words[:1] == ["predict"] and places(r"data\.images") and not places("data"):
         first = next(i for i, word in enumerate(words) if word.startswith("--data."))
         words = [*words[:first], f"--data={UnlabelledImages.__name__}", *words[first:]]
+    path = places("ckpt_path")
     if path and not places("model") and not _files_and_flags(words)[0]:
         name = words[path[-1]].partition("=")[2] or "".join(words[path[-1] + 1 : path[-1] + 2])
         if is_checkpoint(name):

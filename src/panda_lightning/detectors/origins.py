@@ -1,5 +1,6 @@
 """What a detector's state was derived from: compared when a run begins, so that state is kept, forgotten or refused."""
 
+import os
 from inspect import isabstract
 from typing import Any
 from uuid import uuid4
@@ -91,6 +92,8 @@ def describe(detector: Any, checkpoint: dict[str, Any]) -> None:
     name = f"{type(detector).__module__}.{type(detector).__qualname__}"
     checkpoint.get("hyper_parameters", {}).setdefault("_class_path", name)
     checkpoint.get("hyper_parameters", {}).update(arguments(detector))
+    if "PL_GLOBAL_SEED" in os.environ:  # where Lightning's seed_everything leaves it
+        checkpoint["seed"] = int(os.environ["PL_GLOBAL_SEED"])
     state = checkpoint["state_dict"]
     if state["_extra_state"]["derived"].get("run_id") != detector.run_id:  # weights averaged by a copy of this object
         state["_extra_state"] = detector.get_extra_state()

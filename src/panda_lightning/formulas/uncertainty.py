@@ -99,7 +99,8 @@ def interval(scores: Array, labels: Values, groups: Values | None = None, level:
     The standard error s is DeLong's (1988). For a mean, the images' shares in the error are added over the rows first,
     so rows may depend on each other as they like, and the variance is taken within groups. An estimate of 1 has the
     lower end :math:`((1 - level) / 2)^{1 / k}` for k images of the rarer kind, which holds for every distribution: k
-    pairs without a common image are ranked right with probability :math:`A^k` at most (0 likewise).
+    pairs without a common image are ranked right with probability :math:`A^k` at most (0 likewise). A group of one
+    image has no variance that could be known: the error is infinite, and the interval ends where AUROC does.
 
     Args:
         scores: (N,), or (K, N) for the mean over K classes, seeds or both.
@@ -109,7 +110,7 @@ def interval(scores: Array, labels: Values, groups: Values | None = None, level:
         level: Of confidence, between 0 and 1.
 
     Raises:
-        PandaError: If scores are not finite, shapes differ, a row has one kind of image only, or a group one image.
+        PandaError: If scores are not finite, shapes differ, or a row has one kind of image only.
     """
     scores, labels, groups = _table(scores, labels, groups)
     value, share = _mean(scores, labels)
@@ -120,7 +121,7 @@ def interval(scores: Array, labels: Values, groups: Values | None = None, level:
     else:
         middle, half = logit(value), z * error / (value * (1 - value))
         low, high = float(expit(middle - half)), float(expit(middle + half))
-    return Estimate(value, error, low, high, error > 0 and reliable(value, rare))
+    return Estimate(value, error, low, high, 0 < error < math.inf and reliable(value, rare))
 
 
 def joined(parts: Sequence[tuple[Estimate, int]], bounded: bool = True, level: float = 0.95) -> Estimate:
@@ -164,7 +165,7 @@ def difference(one: Array, other: Array, labels: Values, groups: Values | None =
     if first == second and first in (0, 1) and not np.array_equal(one, other):
         half = 1 - _end(fewest, level)
     value = first - second
-    sure = error > 0 and reliable(first, rare) and reliable(second, rare)
+    sure = 0 < error < math.inf and reliable(first, rare) and reliable(second, rare)
     return Estimate(value, error, max(-1.0, value - half), min(1.0, value + half), sure)
 
 
@@ -184,10 +185,11 @@ def reliable(value: float, rare: int) -> bool:
 def delong(one: Array, other: Array, label: Values) -> DeLong:
     """Paired test of two AUROCs (DeLong 1988), from midranks in O(N log N) (Sun, Xu 2014).
 
-    Without variance p is 1 for equal AUROCs, and NaN for others, which no variance can judge.
+    Without variance p is 1 for equal AUROCs, and NaN for others, which no variance can judge; where a kind has one
+    image, the error is infinite, and p is 1.
 
     Raises:
-        PandaError: If scores are not finite, shapes differ, or a kind has less than two images.
+        PandaError: If scores are not finite, shapes differ, or there is one kind of image only.
     """
     found = difference(one, other, label)
     unjudged = math.nan if found.value else 0.0
@@ -340,9 +342,7 @@ def _error(share: Array, groups: Indices) -> float:
     """Standard error of the sum of shares (N,) of images that were drawn within their groups."""
     size = np.bincount(groups)
     if size.min() < 2:
-        raise PandaError(
-            "A group has only one image, so it has no variance: merge it with another group, or test on more."
-        )
+        return math.inf
     centred = share - (np.bincount(groups, share) / size)[groups]
     return math.sqrt(float((np.square(centred) * (size / (size - 1))[groups]).sum()))
 

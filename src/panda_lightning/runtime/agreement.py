@@ -11,11 +11,12 @@ from panda_lightning.types import PandaError
 
 
 def made_with(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The extra state of a detector's checkpoint, and the arguments of model and data, class included."""
+    """The extra state of a detector's checkpoint; the arguments of model and data, class included, and the run's."""
     checkpoint = read_tensors(path, mmap=True)
     state = require_format(checkpoint)
     keys = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     made = {part: dict(checkpoint.get(key, {})) for part, key in keys.items()}
+    made["run"] = {"seed": checkpoint.get("seed")}
     origin = state["derived"].get("origin") or {}
     made["data"].setdefault("_class_path", origin.get("data"))  # where it was made in Python
     return state, made
@@ -59,7 +60,11 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
 
     def alike(path: Path) -> bool:
         try:
-            found = differences(config, made_with(path)[1], free) if free else []
+            made = made_with(path)[1]
+            found = differences(config, made, free) if free else []
+            seed, before = config.get("seed_everything"), made["run"]["seed"]
+            if free and isinstance(seed, int) and not isinstance(seed, bool) and before not in (None, seed):
+                found.append(f"seed_everything {seed}, not {before}")
         except PandaError as error:  # somebody else's, or an older version's
             others.append(str(error))
             return False

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from panda_lightning.runtime.systems import REPLACES_OPEN_FILES
 from panda_lightning.runtime.whole import new_file
-from panda_lightning.types import PandaError
+from panda_lightning.types import PandaError, UnwritableError
 
 FORMAT = 3  # of a detector's extra state; another number where what is kept there changes its meaning
 READ = (2, FORMAT)  # where it has changed for one method, that method refuses the older one
@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             kept = newest_whole(path.parent)
             advice = f"Free disk space and resume with --ckpt_path {kept}." if kept else "There is no earlier one."
             free = shutil.disk_usage(path.parent).free / 2**20
-            raise PandaError(
+            raise UnwritableError(
                 f"the checkpoint {path} could not be written ({_first_line(error)}; {free:.1f} MiB are free). {advice}"
             ) from error
 

@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
+import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -92,6 +94,13 @@ class Row:
         """What runs it alone."""
         return shlex.join(["lightning", *self.words])
 
+    def files(self) -> dict[str, str]:
+        """What the files hold that its options name, as far as they are here: a fingerprint by path."""
+        words = [word.partition("=") for word in self.words]
+        told: list[Any] = [value for key, _, value in words if key != "--config"]
+        told += [_yaml(Path(value)) for key, _, value in words if key == "--config"]
+        return {name: file_digest(name) for name in sorted(set(_texts(told))) if os.path.isfile(name)}
+
     def as_json(self) -> str:
         """For a file, or another process."""
         return json.dumps(asdict(self))
@@ -154,6 +163,27 @@ def planned(
             files = [f"--config={config}" for config in (*configs, one.file)]
             rows.append(Row(kind, name, method, seed, count, (one.verb, *files, *own), settings))
     return rows
+
+
+def file_digest(name: str) -> str:
+    """A fingerprint of what a file holds; it is read again only where it was written again."""
+    about = os.stat(name)
+    return _read_digest(name, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _read_digest(name: str, *_: int) -> str:
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value of YAML."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def _digest(told: list[Any]) -> str:

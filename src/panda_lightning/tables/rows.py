@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -41,10 +41,10 @@ from panda_lightning.runtime.fingerprint import fingerprint
 from panda_lightning.runtime.systems import TRY_AGAIN, heritable
 from panda_lightning.runtime.whole import held, new_file
 from panda_lightning.runtime.work import Work
-from panda_lightning.tables.plan import Row
+from panda_lightning.tables.plan import Row, file_digest
 from panda_lightning.tables.scorings import OtherScorings
 from panda_lightning.tables.workers import done_by
-from panda_lightning.types import PandaError
+from panda_lightning.types import PandaError, UnwritableError
 
 # a method's own number: the first there is
 KEYS = ("val/auroc_ses", "test/auroc_oracle", "val/auroc", "test/auroc", "val/auroc_autoencoder")
@@ -63,6 +63,7 @@ class Found:
         work: What it did for others too.
         made: By which version, on what machine, and when.
         error: Why it failed.
+        files: What the files held that its options name: a fingerprint by path.
     """
 
     row: Row
@@ -72,6 +73,7 @@ class Found:
     work: list[Work]
     made: str
     error: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def auroc(self) -> float | None:
@@ -144,6 +146,20 @@ class Rows:
         for made in map(together, groups) if jobs == 1 else done_by(jobs, together, groups):
             yield from made
 
+    def require_files(self, rows: Sequence[Row]) -> None:
+        """See that rows which are there were made with the files that their options name now.
+
+        Raises:
+            PandaError: If one has changed.
+        """
+        for path in filter(Path.is_file, map(self.path, rows)):
+            for name, before in self._read(path).files.items():
+                if os.path.isfile(name) and file_digest(name) != before:
+                    raise PandaError(
+                        f"{name} has changed since {path} was made with it: name another --folder, or remove the row "
+                        "to run it again."
+                    )
+
     def require_words(self, rows: Sequence[Row]) -> None:
         """Make what one run of each method is made of, so that a wrong word is known before the first run.
 
@@ -187,7 +203,7 @@ class Rows:
     def _made(self, row: Row, others: Sequence[Row] = (), lock: int | None = None) -> list[Found]:
         """Run it and write what came out, also for others of its group; of several processes, the first writes."""
         begin, error = time.monotonic(), None
-        images, curves, extra = "", {row: list[tuple[float, float]]()}, 0.0
+        images, curves, extra, files = "", {row: list[tuple[float, float]]()}, 0.0, row.files()
         log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
         spent = log.with_name("seconds.txt")  # of earlier parts of a run that goes on
         before = float(spent.read_text("utf-8")) if spent.is_file() else 0.0
@@ -203,13 +219,15 @@ class Rows:
                 raise
             error = _sentence(end, log)
         except Exception as failure:  # whatever it is, the other rows go on, but where there is no room for them
+            if isinstance(refusal(failure), UnwritableError):
+                raise
             if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise PandaError(f"{failure}. Free disk space, and run the same command again.") from failure
             error = _sentence(failure, log)
         seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
         seconds[row] = before + time.monotonic() - begin - extra
         return [  # its own row last: killed before it, the run goes on from its end, and writes the others again
-            self._write(Found(one, images, curves[one], seconds[one], work if one == row else [], made(), error))
+            self._write(Found(one, images, curves[one], seconds[one], work if one == row else [], made(), error, files))
             for one in reversed(curves)
         ]
 
@@ -248,11 +266,13 @@ class Rows:
         log_dir = Path(trainer.log_dir or "")  # asks all processes
         if not trainer.is_global_zero:
             return "", {row: []}, 0.0
-        scores: Any = model.scores
+        curve, scores = self._curve(log_dir.parent, model.auroc_name), model.scores
+        if scores is None or not curve:
+            raise PandaError("the run has given no AUROC: let it validate, on normal and anomalous images.")
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
         ses = next((c for c in callbacks if isinstance(c, SampleWiseEarlyStopping)), None)
         scored = next((c for c in callbacks if isinstance(c, OtherScorings)), OtherScorings({}))
-        curves = {row: self._curve(log_dir.parent)}
+        curves = {row: curve}
         self._keep(row, data, scores, scores.score if ses is None or ses.score is None else ses.score)
         for other in others:
             if known := scored.found.get(other.name):
@@ -293,12 +313,14 @@ class Rows:
         return [first, *more]
 
     @staticmethod
-    def _curve(folder: Path) -> list[tuple[float, float]]:
+    def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
         rows: list[dict[str, str]] = []
         for path in sorted(folder.glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-            header, *lines = [line.split(",") for line in path.read_text("utf-8").splitlines()]
-            rows += [dict(zip(header, line, strict=True)) for line in lines]
-        key = next((key for key in KEYS if any(row.get(key) for row in rows)), "")
+            header, *lines = [line.split(",") for line in path.read_text("utf-8").splitlines()] or [[]]
+            whole = (line for line in lines if len(line) == len(header))  # a full disk may have cut the last
+            rows += [dict(zip(header, line, strict=True)) for line in whole]
+        keys = (*KEYS, f"val/{name}", f"test/{name}")
+        key = next((key for key in keys if any(row.get(key) for row in rows)), "")
         points: dict[float, float] = {}
         for row in rows:
             if row.get(key):  # what a run that goes on logs again of earlier epochs is rounded
@@ -350,7 +372,9 @@ class _NotRun(PandaCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run or (subcommand == "fit" and trainer.limit_val_batches == 0):
+            raise PandaError("fast_dev_run and limit_val_batches=0 leave no AUROC: leave them out.")
 
 
 def _sentence(failure: BaseException, log: Path) -> str:

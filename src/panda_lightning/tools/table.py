@@ -203,6 +203,7 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
     expected = Expected(rows.read())
     options: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
     try:
+        rows.require_files([row for row in plan if row.name not in waiting])
         rows.require_words(list(waiting.values()))
         with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
             whole = progress.add_task("", total=len(plan), end="")

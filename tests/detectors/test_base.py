@@ -5,7 +5,7 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from panda_lightning import DN2, PANDA, DeepSVDD, Digits, PandaError
+from panda_lightning import DN2, PANDA, PANDAOE, DeepSVDD, Digits, MultiHeadRotNet, PandaError
 from tests.detectors.test_panda import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,3 +142,27 @@ def test_averaged_weights_are_saved_with_their_own_state(tmp_path):
     loaded = PANDA.load_from_checkpoint(tmp_path / "a.ckpt")
     assert loaded.steps_trained == 8
     assert scored(tmp_path, loaded, digits(batch_size=5)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("detector", "build", "name", "value"),
+    [
+        (DN2("panda_tiny"), DN2.load_backbone, "pool", "avg"),
+        (PANDA("panda_tiny"), PANDA.load_backbone, "adapt_stages", 1),
+        (PANDAOE("panda_tiny"), PANDAOE.load_backbone, "adapt", "norm"),
+        (PANDA("panda_tiny"), PANDA.load_backbone, "lora_rank", 2),
+        (DN2("panda_tiny"), DN2.load_backbone, "weights", "x.safetensors"),
+        (DeepSVDD(), lambda detector: detector.build(32), "network", "mnist"),
+        (MultiHeadRotNet(10, 1), lambda _: None, "width", 2),
+    ],
+)
+def test_what_makes_a_network_stays_when_it_is_there(detector, build, name, value):
+    before = getattr(detector, name)
+    if type(detector) is not MultiHeadRotNet:  # whose constructor makes it
+        setattr(detector, name, value)
+        setattr(detector, name, before)
+    build(detector)
+    setattr(detector, name, before)
+    with pytest.raises(PandaError, match=f"^{name}={value} would make another network than .* has already"):
+        setattr(detector, name, value)
+    assert getattr(detector, name) == before

@@ -23,7 +23,7 @@ from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.loggers import introduce
 from panda_lightning.runtime.processes import sum_of_all
 from panda_lightning.runtime.results import Calibration, Results
-from panda_lightning.types import Batch, Scores
+from panda_lightning.types import Batch, PandaError, Scores
 
 
 class Detector(Calibrated, Checked, pl.LightningModule, ABC):
@@ -42,6 +42,7 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
         COMPUTING: Arguments that change how results are computed, not the results: they may differ from the
             checkpoint's.
         SCORING: Arguments that only scoring uses: after a change nothing has to be derived again.
+        SHAPING: Arguments that make the networks: they cannot change when these are there.
         OUTLIERS: Whether training batches contain outliers too.
         SHAPES: Which images the method accepts: of different sizes, of one size, or squares of one size.
         derived: State derived by runs, by attribute; see Derived.
@@ -58,6 +59,7 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
         "optimize", "index_backend", "index_memory_mb", "prefix_cache_gb", "prefix_cache_dir", "shard_bank",
     )  # fmt: skip
     SCORING: tuple[str, ...] = ()
+    SHAPING: tuple[str, ...] = ()
     OUTLIERS = False
     SHAPES: Literal["any", "one", "square"] = "any"
 
@@ -96,6 +98,15 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
         self._merged: Scores | None = None
         self._drawn: tuple[Any, Tensor] | None = None  # random numbers of an epoch, see steps.draws
         self._ready: tuple[list[Any], Any, Any, Calibration | None] | None = None  # see scoring.ready
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.SHAPING and self.__dict__.get("_modules") and value != getattr(self, name):
+            raise PandaError(
+                f"{name}={value} would make another network than {self.method} has already, with "
+                f"{name}={getattr(self, name)}: make a new detector."
+            )
+        super().__setattr__(name, value)
 
     @abstractmethod
     def anomaly_score(self, batch: Batch) -> Tensor:

@@ -62,6 +62,7 @@ class DeepSVDD(Detector):
     centre = Derived[Tensor | None](None)
     radius = Derived[Tensor](torch.zeros(()))
     SHAPES = "square"
+    SHAPING = ("network",)
 
     def __init__(
         self,

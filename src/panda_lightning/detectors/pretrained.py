@@ -28,6 +28,7 @@ class PretrainedDetector(Detector):
     PANDA (those of ``learn_by``).
     """
 
+    SHAPING = ("weights", "pool", "adapt_stages", "adapt", "lora_rank")
     backbone: Backbone
     pool: Pool | None = None
     adapt_stages = 0

@@ -41,6 +41,7 @@ class MultiHeadRotNet(Detector):
     """
 
     SHAPES = "square"
+    SHAPING = ("depth", "width", "dropout")
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from panda_lightning import DeepSVDD, PandaError
@@ -108,6 +109,10 @@ def test_what_does_not_fit_is_said(folder, tmp_path):
         trainer(tmp_path).fit(DeepSVDD(), data(folder, image_size=40))
     with pytest.warns(UserWarning, match="max_epochs=1 only trains the autoencoder .pretrain_epochs=350"):
         trainer(tmp_path, epochs=1).fit(DeepSVDD(), data(folder))
+    for path in folder.rglob("*.png"):
+        Image.new("L", (32, 32), 90).save(path)
+    with pytest.raises(PandaError, match="normal training images have one flat colour"):
+        trainer(tmp_path, epochs=1).fit(DeepSVDD(pretrain_epochs=1), data(folder))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,37 @@ def test_a_tenth_selects_gamma_alone(folder, tmp_path):
     assert "val/auroc_oracle" in run.callback_metrics
 
 
+def test_a_tenth_of_one_kind_selects_nothing(folder, tmp_path):
+    with pytest.raises(PandaError, match=r"select=tenth chooses gamma by AUROC on 1 of the test images, of which [01]"):
+        trainer(tmp_path).test(OCSVM(inputs="pixels", select="tenth"), data(folder), verbose=False)
+
+
+def test_a_grey_machine_sees_the_brightness_of_coloured_images(folder, tmp_path):
+    from PIL import Image
+
+    for path in folder.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    detector = OCSVM(inputs="pixels")
+    trainer(tmp_path).test(detector, data(folder), verbose=False)
+    grey = torch.randint(1, 255, (1, 3, 32, 32), dtype=torch.uint8)
+    grey[:] = grey[:, :1]
+    coloured = grey.clone()
+    coloured[:, 1] += 1
+    coloured[:, 2] -= 1
+    one, other = (detector.anomaly_score({"image": images}) for images in (grey, coloured))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("inputs", ["pixels", "pixels_pca"])
+def test_images_all_alike_are_refused(folder, tmp_path, inputs):
+    from PIL import Image
+
+    for path in folder.rglob("*.png"):
+        Image.new("L", (32, 32), 90).save(path)
+    with pytest.raises(PandaError, match="normal training images are all the same, and OC-SVM needs different ones"):
+        trainer(tmp_path).test(OCSVM(inputs=inputs), data(folder), verbose=False)
+
+
 def test_there_is_nothing_to_train(folder, tmp_path):
     with pytest.raises(PandaError, match=r"OC-SVM has nothing to train: run `lightning test`"):
         trainer(tmp_path).fit(OCSVM(), data(folder))

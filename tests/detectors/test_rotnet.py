@@ -3,7 +3,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from panda_lightning import MultiHeadRotNet
+from panda_lightning import MultiHeadRotNet, PandaError
 from panda_lightning.networks.scratch import Dropout
 from tests.detectors.test_panda import data, trainer
 
@@ -122,3 +122,23 @@ def test_a_resumed_run_draws_the_dropout_of_the_undisturbed_one(folder, tmp_path
         assert 0.2 < theirs.double().mean() < 0.4
         assert torch.equal(ours, theirs)
     assert not torch.equal(whole[0], whole[3])  # one batch in its place after the other: each step draws anew
+
+
+def test_batches_of_a_step_and_other_seeds_drop_anew(folder, tmp_path):
+    def run(seed):
+        detector, drawn = MultiHeadRotNet(**SMALL), []
+        dropout = next(module for module in detector.modules() if isinstance(module, Dropout))
+        dropout.register_forward_pre_hook(lambda module, x: torch.ones_like(x[0]))
+        dropout.register_forward_hook(lambda module, x, out: drawn.append(out == 0) if module.training else None)
+        trainer(tmp_path, 1, accumulate_grad_batches=2).fit(detector, data(folder, seed=seed))
+        return drawn
+
+    first, second, _ = run(0)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, run(1)[0])
+
+
+@pytest.mark.parametrize("depth", [4, 9, 12])
+def test_a_depth_that_no_such_network_has_is_refused(depth):
+    with pytest.raises(PandaError, match=f"depth={depth} is not that of a WideResNet: choose 10, 16, 22"):
+        MultiHeadRotNet(depth=depth)

@@ -105,6 +105,8 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
 
     def follow(self, score: Tensor, normal: float) -> Tensor:
         """Add a validation: scores (N,) of the test images, and the mean of the normal ones; returns SES so far."""
+        if normal == 0:
+            raise PandaError("the normal training images are alike to the network, so SES has no unit: leave it out.")
         relative = score / normal
         self.score = relative if self.score is None else torch.maximum(self.score, relative)
         return self.score

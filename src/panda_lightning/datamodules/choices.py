@@ -32,8 +32,9 @@ def class_number(wanted: str | int | None, data: Any) -> int:
         if numbers.count(int(str(wanted))) == 1:
             return numbers.index(int(str(wanted)))
     listed = ", ".join(classes[:25]) + (", ..." if len(classes) > 25 else "")
+    trained = ", with which the detector was trained," if data.normal_class is None and wanted is not None else ""
     raise PandaError(
-        f"normal_class={data.normal_class} is not a class of {type(data).__name__} (0-{len(classes) - 1}: {listed})."
+        f"normal_class={wanted}{trained} is not a class of {type(data).__name__} (0-{len(classes) - 1}: {listed})."
     )
 
 

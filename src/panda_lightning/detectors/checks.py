@@ -130,10 +130,16 @@ def require_neighbours(detector: Any, data: Any) -> None:
         )
     if detector.bank is not None:
         return
-    if detector.k > (size := len(data.normal_images)):
-        raise PandaError(f"k={detector.k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
+    size = len(data.normal_images)
+    require_enough(detector.k, size)
     if hasattr(detector, "backbone"):
         _require_room(detector, size)
+
+
+def require_enough(k: int, size: int) -> None:
+    """Refuse more neighbours than there are images."""
+    if k > size:
+        raise PandaError(f"k={k} neighbours, but there are {size} normal training images: choose 1 to {size}.")
 
 
 def _require_room(detector: Any, count: int) -> None:

@@ -20,7 +20,7 @@ from panda_lightning.runtime.derived import Derived
 from panda_lightning.runtime.features import extract, on_device
 from panda_lightning.runtime.gathering import gather
 from panda_lightning.runtime.processes import of_each
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 
 class DeepSVDD(Detector):
@@ -211,7 +211,10 @@ class DeepSVDD(Detector):
                 for batch in on_device(self.trainer, loader, "Range of the normal images")
             ]
             _, low, high = gather([(index, least, most) for index, (least, most) in parts])
-            self.range = (float(low.min()), float(high.max()))
+            least, most = float(low.min()), float(high.max())
+            if least == most:
+                raise PandaError("the normal training images have one flat colour: Deep SVDD has nothing to learn.")
+            self.range = (least, most)
         self.centre = None if self.centre is None else self.centre.to(self.device)
         self.radius = self.radius.to(self.device)
 

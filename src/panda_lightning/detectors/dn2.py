@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Count
 from panda_lightning.detectors.calibrating import CalibratedByNeighbours
-from panda_lightning.detectors.checks import require_neighbours
+from panda_lightning.detectors.checks import require_enough, require_neighbours
 from panda_lightning.detectors.explaining import nearest_images
 from panda_lightning.detectors.pretrained import PretrainedDetector
 from panda_lightning.networks.backbones import Pool
@@ -120,7 +120,8 @@ class DN2(CalibratedByNeighbours, PretrainedDetector):
     @override
     def make_bank(self) -> Tensor:
         """Features (N, D) of the normal training images, as the network gives them."""
-        loader = self.data.normal_dataloader()
+        loader: Any = self.data.normal_dataloader()
+        require_enough(self.k, len(loader.dataset))  # without those that cannot be read
         self.bank_is_whole = not self.shard_bank
         return extract(self.trainer, self.embed, loader, "Normal features", merged=not self.shard_bank)
 

@@ -36,7 +36,8 @@ class OCSVM(PretrainedDetector):
     The SVM's offset is the same for all images and is left out: the small similarities of distant images would be lost
     in its rounding. ``inputs`` chooses z: pixels_pca (contrast-normalised by the L1 norm, scaled to [0, 1] by the range
     of the normal training images, then PCA with 95 % of the variance, as in Deep SVDD's table), pixels (scaled to [-1,
-    1], as in GEOM), or backbone (a pretrained network's features). Grey images have one channel here, not three.
+    1], as in GEOM), or backbone (a pretrained network's features). If all normal training images are grey, images have
+    one channel here, not three: the mean of red, green and blue.
 
     The published results chose gamma and nu by test labels. The default does not; ``select`` does the same as the
     publications, and every output is then marked oracle. There are no training steps: ``lightning test`` fits the SVM
@@ -141,6 +142,8 @@ class OCSVM(PretrainedDetector):
         train = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Normal images").cpu().double()
         space = self._space(train)
         z = _projected(train, space).numpy()
+        if not z.var():
+            raise PandaError("the normal training images are all the same, and OC-SVM needs different ones.")
         gamma, nu = 1 / (z.shape[1] * z.var()) if self.gamma == "scale" else float(self.gamma), self.nu
         if self.select != "none":
             gamma, nu = self._selected(z, space)
@@ -164,7 +167,7 @@ class OCSVM(PretrainedDetector):
             return {"mean": torch.zeros(train.shape[1], dtype=torch.float64)}
         from sklearn.decomposition import PCA
 
-        low, width = train.min(), train.max() - train.min()
+        low, width = train.min(), train.max() - train.min() or 1.0  # of flat images, which are refused later
         pca = PCA(0.95, svd_solver="full").fit(((train - low) / width).numpy())
         return {
             "mean": low + width * torch.from_numpy(pca.mean_),
@@ -176,11 +179,15 @@ class OCSVM(PretrainedDetector):
         from sklearn.svm import OneClassSVM
 
         loader = self.data.test_dataloader()
-        test = extract(self.trainer, self.embed, loader, "Test images").cpu().double()
         label = loader.dataset.label
-        if self.select == "tenth":
-            rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.data.seed))[: len(test) // 10]
-            test, label = test[rows], label[rows]
+        drawn = torch.randperm(len(label), generator=torch.Generator().manual_seed(self.data.seed))
+        rows = drawn[: len(label) // 10] if self.select == "tenth" else torch.arange(len(label))
+        if not 0 < label[rows].sum() < len(rows):
+            raise PandaError(
+                f"select={self.select} chooses gamma by AUROC on {len(rows)} of the test images, of which "
+                f"{int(label[rows].sum())} are anomalous, and needs both kinds: test on more images."
+            )
+        test, label = extract(self.trainer, self.embed, loader, "Test images").cpu().double()[rows], label[rows]
         z = _projected(test, space)
         rank_zero_info(f"{self.method}: kernels of {in_words(8 * len(train) * (2 * len(train) + len(z)))}")
         own, cross = (torch.cdist(a, torch.from_numpy(train)).square() for a in (torch.from_numpy(train), z))
@@ -197,5 +204,7 @@ class OCSVM(PretrainedDetector):
 
 def _projected(x: Tensor, space: dict[str, Tensor]) -> Tensor:
     """Inputs (N, D) as the machine sees them, (N, P)."""
-    x = x[:, : len(space["mean"])] - space["mean"]
+    parts = x.view(len(x), -1, len(space["mean"]))
+    first = parts[:, 0]
+    x = first + (parts - parts[:, :1]).mean(dim=1) - space["mean"]  # of a grey machine the mean of three, exactly
     return x @ space["components"] if "components" in space else x

@@ -160,7 +160,7 @@ class PatchCore(SegmentationDetector):
         size = View.of((self.origin or {})["view"]).sides
         if size is None:  # and how many each has is not kept
             return torch.tensor([self.coreset == 1 or name in self.bank_changes[0] for name in self.bank_names])
-        whole = self.embed({"image": torch.zeros(1, 3, *size, dtype=torch.uint8)}).shape[1]  # type: ignore[typeddict-item]
+        whole = self.embed({"image": torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.device)}).shape[1]  # type: ignore[typeddict-item]
         return torch.bincount(self.bank_images, minlength=len(self.bank_names)).ge(whole)
 
     @override

@@ -15,7 +15,7 @@ from panda_lightning.detectors.steps import draws, linear, real_images, seeded
 from panda_lightning.networks import augment
 from panda_lightning.networks.backbones import portions
 from panda_lightning.networks.scratch import Dropout, WideResNet
-from panda_lightning.types import Batch
+from panda_lightning.types import Batch, PandaError
 
 HEADS = {"rotation": 4, "x_shift": 3, "y_shift": 3}
 
@@ -32,7 +32,7 @@ class MultiHeadRotNet(Detector):
     Trainer.
 
     Args:
-        depth: Depth of the WideResNet.
+        depth: Depth of the WideResNet, 6 n + 4: 10, 16, 22, ...
         width: Its widening factor.
         dropout: Dropout in its blocks.
         lr: Peak learning rate of SGD with Nesterov momentum; it decays to 0 along a cosine over all steps.
@@ -54,6 +54,8 @@ class MultiHeadRotNet(Detector):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if (depth - 4) % 6 or depth < 10:
+            raise PandaError(f"depth={depth} is not that of a WideResNet: choose 10, 16, 22 or another 6 n + 4.")
         self.depth = depth
         self.width = width
         self.dropout = dropout
@@ -96,7 +98,8 @@ class MultiHeadRotNet(Detector):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = real_images(self, batch)
         numbers = draws(self, batch, augment.CROP_DRAWS + len(HEADS))
-        self._dropped.manual_seed(self.steps_trained)  # the same after a resume
+        place = (self.data.seed, self.current_epoch, batch_idx)
+        self._dropped.manual_seed(hash(place) % 2**63)  # the same after a resume
         images = augment.crop_and_flip(batch["image"], numbers[:, : augment.CROP_DRAWS], padding=4)
         parts = zip(numbers[:, augment.CROP_DRAWS :].T, HEADS.values(), strict=True)
         transform = torch.stack([(part * kinds).long() for part, kinds in parts], dim=1)

@@ -62,5 +62,7 @@ def test_fewer_shots_are_among_more_and_another_seed_draws_others():
 
 
 def test_a_class_that_comes_from_the_detector_is_named():
-    with pytest.raises(PandaError, match="normal_class=good, with which the detector was trained, is not a class of Dig"):
+    with pytest.raises(
+        PandaError, match="normal_class=good, with which the detector was trained, is not a class of Dig"
+    ):
         choices.class_number("good", Digits(normal_class=None))

@@ -151,7 +151,7 @@ def test_a_network_of_one_size_is_refused(tmp_path, mixed):
 
 
 def test_maps_have_the_pixels_of_the_original_images(tmp_path, mixed):
-    for crop in ("center", "none"):
+    for crop, maps in (("center", "maps"), ("none", "maps-v1")):
         detector, data, run = (
             PatchCore("panda_tiny", coreset=0.2, sigma=1.0),
             module(mixed, crop=crop),
@@ -167,8 +167,8 @@ def test_maps_have_the_pixels_of_the_original_images(tmp_path, mixed):
             size = Image.open(file).size
             assert own.shape == size[::-1]
             np.testing.assert_array_equal(own, data.view.undone(torch.from_numpy(seen), size))
-            np.testing.assert_allclose(np.load(tmp_path / f"maps/{name}.npy"), own, rtol=1e-4, atol=1e-5)
-            shown = np.asarray(Image.open(tmp_path / f"maps/{name}.png"))
+            np.testing.assert_allclose(np.load(tmp_path / f"{maps}/{name}.npy"), own, rtol=1e-4, atol=1e-5)
+            shown = np.asarray(Image.open(tmp_path / f"{maps}/{name}.png"))
             plain = np.asarray(Image.open(file).convert("RGB"))
             assert shown.shape == plain.shape
             cut = np.isnan(own)

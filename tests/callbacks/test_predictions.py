@@ -5,6 +5,7 @@ import pytest
 
 from panda_lightning.callbacks import Predictions
 from panda_lightning.callbacks.anomaly_maps import coloured, outline
+from panda_lightning.callbacks.predictions import _map_names
 from tests.conftest import fast, make_folder
 
 
@@ -72,6 +73,66 @@ def test_rows_with_other_columns_are_not_gone_on_with(run, workdir, monkeypatch)
     (table,) = (workdir / "runs/t").glob("*/predictions.csv")
     assert all(row["ses_score"] for row in written(table))
     assert len(written(table)) == 13
+
+
+@pytest.mark.pictures
+def test_maps_are_all_there_when_a_run_goes_on_elsewhere(run, workdir, monkeypatch):
+    folder = make_folder(workdir / "images")
+    run("test", *fast(folder, model="PatchCore"))
+    words = ["predict", "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt", f"--data.images={folder / 'test'}"]
+    words += ["--data.eval_batch_size=4", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=p"]
+    draw, drawn = Predictions._draw, []
+
+    def dying(*told):
+        drawn.append(told)
+        if len(drawn) == 7:  # in the second batch
+            raise KeyboardInterrupt
+        draw(*told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictions, "_draw", staticmethod(dying))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(*words)
+    run(*words)
+    (table,) = workdir.glob("p/**/predictions.csv")
+    assert table.parent.name == "version_1"
+    rows = written(table)
+    assert len(rows) == len({row["map"] for row in rows}) == 13
+    for row in rows:
+        assert (table.parent / row["map"]).is_file()
+        assert (table.parent / row["map"]).with_suffix(".png").is_file()
+
+
+@pytest.mark.pictures
+def test_nothing_is_written_over(run, workdir):
+    folder = make_folder(workdir / "images")
+    run("test", *fast(folder, model="PatchCore"))
+    (workdir / "here").mkdir()
+    for name, place in (("a.png", workdir), ("a.png", workdir / "here")):
+        (place / name).write_bytes((folder / f"test/spot/10{len(str(place)) % 7}.png").read_bytes())
+    (workdir / "list.txt").write_text(f"{workdir / 'a.png'}\na.png\n")
+    words = ["predict", f"--ckpt_path={workdir}/runs/t/version_0/checkpoints/last.ckpt", "--data.images=list.txt"]
+    words += ["--trainer.logger=false", "--trainer.default_root_dir=out"]
+    for name in ("predictions", "predictions-v1"):
+        run(*words)
+        rows = written(workdir / f"out/{name}.csv")
+        maps = {row["map"] for row in rows}
+        assert len(maps) == len(rows) == 2
+        assert all((workdir / "out" / one).is_file() for one in maps)
+    assert len(list((workdir / "out").rglob("*.npy"))) == 4
+
+
+def test_maps_have_places_of_their_own_in_their_folder():
+    names = ["a.png", "../a.png", "b/a.png", "/a.png"]
+    assert _map_names(names, "maps") == ["maps/a.png", "maps/a.png-2", "maps/b/a.png", "maps/a.png-3"]
+
+
+def test_a_level_without_a_calibration_is_refused_before_any_picture_is_read(run, workdir, monkeypatch):
+    folder = make_folder(workdir / "images")
+    run("fit", *fast(folder, epochs=1))
+    monkeypatch.setattr(Predictions, "on_predict_batch_end", None)
+    with pytest.raises(SystemExit, match=r"alpha=0\.1 needs a calibration, but this detector has none"):
+        run("predict", *fast(folder), "--ckpt_path=runs/t/version_0/checkpoints/last.ckpt", "--alpha=0.1")
 
 
 def test_colours_span_the_range_and_the_outline_is_the_edge_of_the_mask():

@@ -149,11 +149,12 @@ def test_a_callback_serves_two_predictions(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     detector, table = DN2("panda_tiny"), Predictions()
     learned(detector, images(folder), tmp_path)
-    for data, rows in ((UnlabelledImages(str(folder / "test/spot"), num_workers=0), 7), (images(folder), 13)) * 2:
+    pairs = ((UnlabelledImages(str(folder / "test/spot"), num_workers=0), 7), (images(folder), 13)) * 2
+    for (data, rows), end in zip(pairs, ("", "-v1", "-v2", "-v3"), strict=True):
         run = trainer(tmp_path)
         run.callbacks.append(table)
         run.predict(detector, data)
-        assert len(list(csv.DictReader((tmp_path / "predictions.csv").open()))) == rows
+        assert len(list(csv.DictReader((tmp_path / f"predictions{end}.csv").open()))) == rows
     assert not list(tmp_path.glob("predictions.part*"))
 
 
@@ -216,7 +217,7 @@ def test_tests_and_predictions_compute_as_the_run_did(tmp_path, folder, monkeypa
     type(run)(max_epochs=1, **half).fit(whole, data)
     with pytest.warns(UserWarning, match="precision or weights have changed"):
         type(run)(**half, precision="bf16-mixed").predict(whole, data)
-    assert not next(csv.DictReader((tmp_path / "predictions.csv").open()))["p_value"]
+    assert not next(csv.DictReader((tmp_path / "predictions-v2.csv").open()))["p_value"]
 
 
 def test_nothing_is_said_of_what_cannot_be_read(tmp_path, folder):

@@ -27,6 +27,10 @@ def test_a_folder_is_searched_with_its_subfolders(photos):
 
 def test_a_pattern_a_file_and_a_list_name_files(photos, tmp_path, monkeypatch):
     assert pointed_at(f"{photos}/**/*.png").names == [str(photos / name) for name in ("b.png", "deep/c.png")]
+    for both in ("**", "**/*"):  # match folders as well as the files in them
+        names = pointed_at(f"{photos}/{both}").names
+        assert sorted(names) == sorted({*names})
+        assert str(photos / "deep/c.png") in names
     assert pointed_at(photos / "note.md").names == [str(photos / "note.md")]  # one that is named is tried
     listing = photos / "all.txt"
     listing.write_text(f"# the first\nb.png\n\n{photos / 'deep/c.png'}\nnowhere.png\n")

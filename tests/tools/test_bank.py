@@ -169,7 +169,10 @@ def test_methods_without_such_a_bank_say_so(made, workdir, name):
         (("remove", "--like=00[0-9].png", "-o", "y"), "1 of 11 normal images would be left, fewer than k=2"),
         (("remove", "--like=nobody", "-o", "y"), "nobody matches none of the 11 normal images, such as images/train"),
         (("add", "--images=images/train", "-o", "y"), "images/train/spot/000.png is already in the bank"),
-        (("add", "--images=images/../images/train/spot/001.png", "-o", "y"), "is already in the bank"),
+        (
+            ("add", "--images=images/../images/train/spot/001.png", "-o", "y"),
+            "shows the same as images/train/spot/001.png",
+        ),
         (("add", "--images=nothing", "-o", "y"), "nothing is not a file or a folder"),
         (("add", "--images=c", "-o", "y"), "c/broken.png cannot be read"),
         (("add", "-o", "y"), "`panda bank add` needs --images"),
@@ -214,8 +217,21 @@ def test_a_picture_that_is_there_under_another_name_is_refused(made, workdir, na
     with pytest.raises(PandaError, match=r"a/other\.png shows the same as a/301\.png: leave one of them out"):
         banks.add(from_checkpoint(path), "a")
     (workdir / "link").symlink_to(workdir / "images")
-    with pytest.raises(PandaError, match=r"link/train/spot/000\.png is already in the bank"):
+    with pytest.raises(PandaError, match=r"link/train/spot/000\.png shows the same as .* of the bank"):
         banks.add(from_checkpoint(path), "link/train")
+
+
+def test_a_new_image_may_have_the_name_of_an_old_one_by_its_whole_path(made, workdir, monkeypatch):
+    detector = from_checkpoint(made("DN2"))
+    banks.add(detector, "a/300.png")
+    (workdir / "day2/a").mkdir(parents=True)
+    (workdir / "day2/a/300.png").write_bytes((workdir / "b/400.png").read_bytes())
+    monkeypatch.chdir(workdir / "day2")
+    with pytest.raises(PandaError, match=r"a/300\.png is already .* another image of the same name, give its absolute"):
+        banks.add(detector, "a/300.png")
+    assert banks.add(detector, workdir / "day2/a/300.png") == [str(workdir / "day2/a/300.png")]
+    with pytest.raises(PandaError, match=r"300\.png is already in the bank"):
+        banks.add(detector, workdir / "day2/a/300.png")
 
 
 def test_a_name_is_itself_before_it_is_a_pattern(made, workdir):

@@ -25,6 +25,7 @@ from panda_lightning.pictures.pixels import Intensity
 from panda_lightning.tools import export, main
 from tests.conftest import make_clouds, small_network
 from tests.detectors.test_scoring import images, learned
+from tests.pictures.files import png16
 from tests.test_any_order import ADAPT, DETECTORS, trainer
 
 EXAMPLE = Path(__file__).parents[2] / "examples/onnx_score.py"
@@ -201,6 +202,12 @@ def test_the_example_needs_neither_this_package_nor_torch(tmp_path, folder):
     )  # fmt: skip
     assert done_deep.returncode
     assert "deep.png has more than 8 bits a value" in done_deep.stderr
+    png16(tmp_path / "deep.png", np.zeros((9, 9, 3)))
+    done_deep = subprocess.run(
+        [sys.executable, EXAMPLE, "detector.onnx", deep], capture_output=True, text=True, cwd=tmp_path,
+        env=alone(tmp_path, "panda_lightning", "torch", "timm"),
+    )  # fmt: skip
+    assert "deep.png has more than 8 bits a value" in done_deep.stderr
     for line, score, p in zip(done.stdout.splitlines(), expected.score, expected.p_value, strict=True):
         words = line.split()
         assert float(words[words.index("score") + 1]) == pytest.approx(score, rel=1e-5)
@@ -305,7 +312,7 @@ def test_what_cannot_be_exported_ends_in_a_sentence(tmp_path, folder, monkeypatc
     (tmp_path / "empty").mkdir()
     assert "there are no images in" in refused(tmp_path, given, f"--verify={tmp_path / 'empty'}")
     (tmp_path / "empty/x.png").write_text("no picture")
-    assert "none of the pictures to compare with can be read" in refused(
+    assert "none of the 1 pictures of --verify can be read: name others" in refused(
         tmp_path, given, f"--verify={tmp_path / 'empty'}"
     )
     assert "alpha=0.001 needs 999 calibration images" in refused(tmp_path, given, "--alpha=0.001")

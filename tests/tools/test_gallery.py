@@ -25,7 +25,7 @@ def table(workdir):
     near = [{"path": str(workdir / "3.png"), "distance": 1.25}, {"path": "gone.png", "distance": 2.0}]
     rows = [
         row(workdir / "0.png", 1.0),
-        row(workdir / "1.png", 3.0, anomalous=True, neighbours=near),
+        row(workdir / "1.png", 3.0, anomalous=True, neighbours=near, map="maps/1.png.npy"),
         row(workdir / "2.png", None, p_value=None, anomalous=None, unreadable="</script><b>not an image"),
         row(workdir / "gone.png", 2.0),
     ]

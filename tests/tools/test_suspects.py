@@ -54,6 +54,8 @@ def test_what_is_odd_is_listed_and_can_be_left_out(folder, workdir, capsys):
     data = ImageFolder(str(folder), normal_class="spot", image_size=32, leave_out="s.csv")
     left = set(data.names(data.normal_images))
     assert len(left) == 45 - len(rows)
+    with pytest.raises(SystemExit, match=r"s\.csv exists: choose another --output, or remove it"):
+        main([*words(folder), "--share=0.15"])  # it may have been shortened by hand
     assert not any(name.rsplit("/", 1)[1] in rows for name in left)
 
 

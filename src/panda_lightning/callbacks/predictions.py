@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 from uuid import uuid4
@@ -102,6 +103,9 @@ class Predictions(Checked, pl.Callback):
         self._folder = _folder(trainer)
         self._attempt = trainer.strategy.broadcast(uuid4().hex[:8])
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._version = trainer.strategy.broadcast(_free_version(self._folder))
+        if pl_module.learns or pl_module.held_out is not None:  # else the bank says it, when it is there
+            level_of(pl_module.calibration, self.alpha, self.alpha_fdr)
         self._file: BinaryIO = (self._folder / f"{PART}{self._attempt}-{trainer.global_rank}.jsonl").open("wb")
         lock(self._file.fileno())  # others must not take it for one cut short
         self._write([{"identity": self._identity}])
@@ -118,6 +122,7 @@ class Predictions(Checked, pl.Callback):
             dataset = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
             shown, self._view = dataset.images, dataset.view
             self._paths, self._names, self._sources = shown.paths(), pl_module.data.names(shown), shown.sources
+            self._maps: list[str] = []
         real = (outputs["index"] >= 0).nonzero().flatten()  # of no images there is a filler
         index = outputs["index"][real].tolist()
         if not index:
@@ -127,14 +132,18 @@ class Predictions(Checked, pl.Callback):
         part = results(
             [self._paths[i] for i in index], reasons, found, pl_module.bank_names, self._calibration, self._level
         )
-        self._write([{"index": i, **row} for i, row in zip(index, part.rows(), strict=True)])
+        rows = [{"index": i, **row} for i, row in zip(index, part.rows(), strict=True)]
         if part.maps is not None:
+            self._drew = True
+            self._maps = self._maps or _map_names(self._names, f"maps{self._version}")
             images = batch["image"][real].permute(0, 2, 3, 1).cpu().numpy()
-            for i, image, values, reason in zip(index, images, part.maps, reasons, strict=True):
+            for i, row, image, values, reason in zip(index, rows, images, part.maps, reasons, strict=True):
+                row["map"] = None if reason else f"{self._maps[i]}.npy"
                 if not reason:
                     if own_size(self.map_size, pl_module):
                         image, values = self._sized(self._sources[i], values)
-                    self._draw(pl_module, self._names[i], image, values)
+                    self._draw(pl_module, self._folder / self._maps[i], image, values)
+        self._write(rows)  # last: a row that is there is not made again
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         try:
@@ -153,10 +162,8 @@ class Predictions(Checked, pl.Callback):
         picture = self._view.open(source).rgb(self._view.intensity)
         return np.asarray(picture), self._view.undone(torch.from_numpy(values), picture.size).numpy()
 
-    def _draw(self, detector: Any, name: str, image: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None:
-        self._drew = True
-        own = (part for part in Path(name).parts if part not in (Path(name).anchor, ".."))  # stays in this folder
-        path = self._folder / "maps" / Path(*own)
+    @staticmethod
+    def _draw(detector: Any, path: Path, image: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(f"{path}.npy", values)
         span = getattr(detector, "value_range", None) or (float(np.nanmin(values)), float(np.nanmax(values)))
@@ -199,12 +206,13 @@ class Predictions(Checked, pl.Callback):
         p = np.array([np.nan if (v := row["p_value"]) is None else v for row in _rows(places, order)])
         marked = None if self.alpha_fdr is None else benjamini_hochberg(p, self.alpha_fdr)
         bad = anomalous = 0
-        jsonl, table = self._folder / "predictions.jsonl", self._folder / "predictions.csv"
+        jsonl, table = (self._folder / f"predictions{self._version}{ending}" for ending in (".jsonl", ".csv"))
         with new_file(jsonl) as one, _text(one) as lines, new_file(table) as two, _text(two) as file:
             widest = max(_rows(places, order), key=lambda row: len(row.get("neighbours", ())))
             columns = csv.DictWriter(file, list(flat(_decided(widest, self._level, marked, 0))), restval="")
             columns.writeheader()
             for i, row in enumerate(_rows(places, order)):
+                self._fetch(row.get("map"), places[order[i]][0].parent)
                 decided = _decided(row, self._level, marked, i)
                 lines.write(json.dumps(decided) + "\n")
                 columns.writerow(flat(decided))
@@ -216,12 +224,21 @@ class Predictions(Checked, pl.Callback):
         for part in parts:
             part.unlink(missing_ok=True)
         self._earlier = []
-        written = f"Scores written to {table}" + (f", maps to {self._folder / 'maps'}" if self._drew else "")
+        maps = f", maps to {self._folder / f'maps{self._version}'}" if self._drew else ""
+        written = f"Scores written to {table}{maps}"
         self._sentences = [written, *self._said(len(order), bad, anomalous, marked)]
         if bad:
             rank_zero_warn(f"{bad} of {len(order)} images cannot be read; the column unreadable says why.")
         if bad == len(order):
             raise PandaError(f"none of the {bad} images can be read: see {table}.")
+
+    def _fetch(self, name: str | None, folder: Path) -> None:
+        """Bring a map that an earlier attempt has drawn here, with its picture."""
+        for ending in (".npy", ".png") if name is not None and folder != self._folder else ():
+            old, new = (place / Path(str(name)).with_suffix(ending) for place in (folder, self._folder))
+            new.parent.mkdir(parents=True, exist_ok=True)
+            if old.is_file():  # else it is here already: this attempt, too, was cut short
+                old.replace(new)
 
     def _said(self, count: int, bad: int, anomalous: int, marked: npt.NDArray[np.bool_] | None) -> Iterator[str]:
         """What the decisions mean, and what they do not."""
@@ -255,6 +272,25 @@ class Predictions(Checked, pl.Callback):
 def _text(path: Path) -> TextIO:
     """A file to write text into, the same bytes on every system."""
     return path.open("w", encoding="utf-8", newline="")
+
+
+def _free_version(folder: Path) -> str:
+    """What the names of a table and its maps end in, so that none is written over: as Lightning counts checkpoints."""
+    endings = chain([""], (f"-v{n}" for n in count(1)))
+    return next(one for one in endings if not (folder / f"predictions{one}.csv").exists())
+
+
+def _map_names(names: Sequence[str], folder: str) -> list[str]:
+    """Where images' maps are, without ending: below this folder, whatever their own is, each at a place of its own."""
+    found: dict[str, None] = {}
+    numbers: dict[str, Iterator[int]] = {}
+    for name in names:
+        own = (part for part in Path(name).parts if part not in (Path(name).anchor, ".."))
+        path = place = Path(folder, *own).as_posix()
+        while place in found:
+            place = f"{path}-{next(numbers.setdefault(path, count(2)))}"
+        found[place] = None
+    return list(found)
 
 
 def _folder(trainer: pl.Trainer) -> Path:

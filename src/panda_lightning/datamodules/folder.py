@@ -82,7 +82,7 @@ class ImageFolder(AnomalyDataModule):
     @override
     def only_class(self) -> str | None:
         train = [folder.name for folder, (images, _) in self._found()["train"].items() if images]
-        return train[0] if len(train) == 1 and self.split is None else None
+        return train[0] if len(train) == 1 else None
 
     def _found(self) -> dict[str, dict[Path, tuple[Files, Counter[str]]]]:
         """By split and class folder, what it holds; every folder is read once a run."""

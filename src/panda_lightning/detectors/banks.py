@@ -52,10 +52,13 @@ def add(detector: Detector, images: Any, batch_size: int = 32) -> list[str]:
         PandaError: If one cannot be read or is there already, or the method has no such bank; then nothing has changed.
     """
     before, found = names(detector), pointed_at(images)
-    there = {os.path.realpath(name): name for name in before}
+    there = {os.path.realpath(name): name for name in before if os.path.isabs(name)}  # others were below some folder
     for name in found.names:
         if os.path.realpath(name) in there or name in before:
-            raise PandaError(f"{name} is already in the bank or was given twice: give only new images, each once.")
+            raise PandaError(
+                f"{name} is already in the bank or was given twice: give only new images, each once. If it is another "
+                "image of the same name, give its absolute path."
+            )
         there[os.path.realpath(name)] = name
     training = detector.training
     detector.eval()

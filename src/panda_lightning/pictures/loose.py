@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def _files(path: Path) -> Sequence[Path]:
     matching = [Path(name) for name in sorted(glob(str(path), recursive=True))]
     if not matching:
         raise PandaError(f"{path} is not a file or a folder, and as a pattern it matches nothing.")
-    return [file for one in matching for file in (images_below(one) if one.is_dir() else [one])]
+    below = (images_below(one) if one.is_dir() else [one] for one in matching)
+    return list(dict.fromkeys(chain.from_iterable(below)))  # ** matches folders, and the files in them too
 
 
 def _arrays(images: Any) -> Sequence[Source]:

@@ -115,6 +115,9 @@ def export(
         PandaError: If the detector cannot be exported, or the file does not agree with it; then it is not kept.
     """
     whole = Exported(checkpoint, resizes, alpha, half).eval()
+    reference, sources = Reference(checkpoint, whole), generated() if pictures is None else pictures.sources
+    if all(reference.opened(source) is None for source in sources):
+        raise PandaError(f"none of the {len(sources)} pictures of --verify can be read: name others.")
     program = _traced(Half(whole).eval() if half else whole, whole)
     held = [*program.state_dict.values(), *program.constants.values()]
     size = sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
@@ -129,7 +132,7 @@ def export(
         part = folder / output.name
         write(program, whole, part, size, opset)
         try:
-            _certify(proof, part, whole, checkpoint, pictures)
+            _certify(proof, part, whole, reference, sources)
         except PandaError as error:
             raise PandaError(
                 f"{output} is not kept, because it does not give the detector's scores: {error}."
@@ -171,12 +174,12 @@ def _traced(module: nn.Module, whole: Exported) -> Any:
         return torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
 
 
-def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, pictures: Loose | None) -> None:
+def _certify(
+    proof: Certificate, path: Path, whole: Exported, reference: "Reference", sources: Sequence[Source]
+) -> None:
     """Score pictures by file and by detector, a few at a time, and compare."""
     proof.stored = require_stored(path, whole.held())
     run, proof.runtime = in_torch(path, whole.outputs) if path.suffix == ".pt2" else in_onnxruntime(path)
-    reference = Reference(checkpoint, whole)
-    sources: Sequence[Source] = generated() if pictures is None else pictures.sources
     parts: list[tuple[dict[str, Array], dict[str, Array]]] = []
     maps: list[Array] = []
     starts = range(0, len(sources), STEP)
@@ -191,8 +194,6 @@ def _certify(proof: Certificate, path: Path, whole: Exported, checkpoint: Path, 
                 maps.append(np.stack([one.pop("map").max(axis=(1, 2)), gaps]))
                 other.pop("map")
             parts.append((one, other))
-    if not parts:
-        raise PandaError("none of the pictures to compare with can be read")
     one, other = ({k: np.concatenate([part[i][k] for part in parts]) for k in parts[0][i]} for i in (0, 1))
     calibration = None if whole.calibration is None else whole.calibration.numpy()
     others = reference.detector.leave_one_out() if calibration is None else None

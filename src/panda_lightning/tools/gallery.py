@@ -76,7 +76,8 @@ def gallery(
     total, rows = len(rows), rows[:limit]
     for row in rows:
         row["neighbours"] = row.get("neighbours", [])[:neighbours]
-        row["map"] = _map_of(table, row["path"])
+        drawn = table.parent / str(row.get("map") or "").replace(".npy", ".png")
+        row["map"] = str(drawn) if drawn.is_file() else None
     paths = {row["path"] for row in rows if not row["unreadable"]}
     paths |= {near["path"] for row in rows for near in row["neighbours"]} | {row["map"] for row in rows if row["map"]}
     shown = dict(_pictures(sorted(paths), size, intensity))
@@ -95,13 +96,6 @@ def gallery(
 def _finite(score: float | None) -> float | None:
     """A score that JSON knows."""
     return score if score is not None and np.isfinite(score) else None
-
-
-def _map_of(table: Path, path: str) -> str | None:
-    """The overlay of an image, if there is one: below maps by its whole path, or by the end of it."""
-    parts = [part for part in Path(path).parts if part not in ("/", "..")]
-    candidates = (table.parent / "maps" / f"{Path(*parts[i:])}.png" for i in range(len(parts)))
-    return next((str(one) for one in candidates if one.is_file()), None)
 
 
 def _pictures(paths: list[str], size: int, intensity: str) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.datamodules.outliers import near_copies
 from panda_lightning.detectors import DN2
 from panda_lightning.runtime.gathering import gather
-from panda_lightning.runtime.whole import new_file
+from panda_lightning.runtime.whole import new_file, require_new
 from panda_lightning.types import PandaError
 
 HELP = "List normal training images that look least like the others, copies, and blank, dark or blurred ones."
@@ -63,6 +63,7 @@ def run(config: Namespace) -> int:
     output = config.output or Path(f"suspects-{name}.csv")
     if output.suffix != ".csv":
         raise PandaError(f"--output={output} is not a name for a CSV table: choose a name that ends in .csv.")
+    require_new(output)  # rows may have been deleted from it by hand
     rows = suspects(config.data, backbone, config.k, config.accelerator)
     listed = [row for row in rows if row["p_value"] <= config.share or row["copies"] or row["remarks"]]
     write(listed, output)

@@ -204,7 +204,7 @@ class OCSVM(PretrainedDetector):
 
 def _projected(x: Tensor, space: dict[str, Tensor]) -> Tensor:
     """Inputs (N, D) as the machine sees them, (N, P)."""
-    parts = x.view(len(x), -1, len(space["mean"]))
+    parts = x.view(x.shape[0], -1, len(space["mean"]))  # not len(x), which an export would fix
     first = parts[:, 0]
     x = first + (parts - parts[:, :1]).mean(dim=1) - space["mean"]  # of a grey machine the mean of three, exactly
     return x @ space["components"] if "components" in space else x

@@ -228,7 +228,7 @@ def test_panda_check_data_refuses_before_it_works(capsys, words, sentence):
 def test_mistakes_from_python_are_sentences_too(tmp_path):
     digits = Digits(normal_class="3", image_size=32, train_limit=20, test_limit=40)
     loader = digits.val_dataloader()
-    with pytest.raises(PandaError, match="needs a data module with normal_dataloader"):
+    with pytest.raises(PandaError, match=r"needs an AnomalyDataModule, whose normal_dataloader\(\)"):
         trainer(tmp_path, 1).fit(PANDA("panda_tiny"), loader)
     for detector in (DN2("panda_tiny"), PatchCore("panda_tiny"), OCSVM()):
         detector.load_backbone()

@@ -262,6 +262,12 @@ def test_last_has_the_seed_that_is_asked_for(run, workdir, caplog):
         assert said in caplog.text
 
 
+def test_spawned_processes_are_refused(run, workdir):
+    folder = make_folder(workdir / "images")
+    with pytest.raises(SystemExit, match="cannot hand its classes to spawned processes: set trainer.strategy=ddp"):
+        run("fit", *fast(folder), "--trainer.strategy=ddp_spawn", "--trainer.devices=2")
+
+
 def test_loose_images_may_be_named_before_the_checkpoint(run, workdir):
     folder = make_folder(workdir / "images")
     run("fit", *fast(folder, epochs=1))

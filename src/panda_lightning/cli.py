@@ -17,6 +17,7 @@ from panda_lightning.command.words import completed, find_own_classes, require_t
 from panda_lightning.detectors import Detector
 from panda_lightning.networks import pretraining  # noqa: F401  # its classes are known by their short names
 from panda_lightning.runtime.agreement import made_with
+from panda_lightning.types import PandaError
 
 
 class PandaCLI(LightningCLI):
@@ -64,6 +65,8 @@ class PandaCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         with trainer_arguments():
             trainer = super().instantiate_trainer(**kwargs)
+        if getattr(trainer.strategy.launcher, "_start_method", None) in ("spawn", "forkserver"):
+            raise PandaError("a command cannot hand its classes to spawned processes: set trainer.strategy=ddp.")
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's Trainer has them
         if self.config.subcommand == "predict" and not any(isinstance(c, Predictions) for c in callbacks):
             callbacks.append(Predictions(**{name: self.config.predict[name] for name in OPTIONS}))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from sklearn.metrics import roc_auc_score
 
 from panda_lightning import PANDA, ImageFolder, PandaError, SampleWiseEarlyStopping
@@ -141,3 +141,16 @@ def test_a_lost_snapshot_is_named(tmp_path, folder):
         trainer(tmp_path, 1, SampleWiseEarlyStopping()).test(
             PANDA("panda_tiny", ewc_weight=0), data(folder), ckpt_path=tmp_path / "ck/last.ckpt"
         )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_snapshots_are_of_the_averaged_weights_that_score(tmp_path, folder, first):
+    ses, average = SampleWiseEarlyStopping(keep_snapshots=True), EMAWeightAveraging(decay=0.5)
+    both = [ses, average] if first else [average, ses]
+    settings = {"ewc_weight": 0, "grad_clip": 10.0, "lr": 0.1}
+    trainer(tmp_path, 2, *both, checkpoint(tmp_path)).fit(PANDA("panda_tiny", **settings), data(folder))
+    again = SampleWiseEarlyStopping()
+    trainer(tmp_path, 1, again).test(
+        PANDA("panda_tiny", **settings), data(folder), ckpt_path=tmp_path / "ck/last.ckpt", verbose=False
+    )
+    torch.testing.assert_close(gather(again._parts)[1], ses.score, rtol=1e-4, atol=1e-6)

@@ -53,3 +53,25 @@ def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
     fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits()).save_checkpoint(path, weights_only=True)
     with pytest.raises(PandaError, match="has only weights .* test it, or start a new run"):
         fitted(tmp_path, PANDA("panda_tiny", **ADAPT), digits(), epochs=2, ckpt_path=path)
+
+
+class ByHand(PANDA):
+    def __init__(self):
+        super().__init__("panda_tiny")
+        self.automatic_optimization = False
+
+
+def test_steps_that_nobody_counts_are_refused(tmp_path):
+    with pytest.raises(
+        PandaError, match="PANDA-EWC sets automatic_optimization=False, and its steps would not be counted"
+    ):
+        fitted(tmp_path, ByHand(), digits())
+
+
+def test_loaders_alone_are_no_data_module(tmp_path):
+    detector = DN2("panda_tiny")
+    scored(tmp_path, detector, digits())
+    with pytest.raises(
+        PandaError, match="DN2 predicts images of a data module, such as UnlabelledImages; got NoneType"
+    ):
+        trainer(tmp_path).predict(detector, dataloaders=digits().test_dataloader())

@@ -39,6 +39,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
         self.keep_snapshots = keep_snapshots
         self.score: Tensor | None = None  # (N,) of the test images, so far
         self.kept: list[int] = []  # steps trained at each snapshot
+        self._adapted: dict[str, Tensor] = {}  # of the validation under way
         self._snapshots: list[tuple[dict[str, Tensor], Any, float]] = []
         self._parts: list[tuple[Tensor, ...]] = []
 
@@ -93,6 +94,14 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     # ---- fit: scores alone ---------------------------------------------------------------------------------------
 
     @override
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.keep_snapshots and batch_idx == 0 and trainer.state.fn == "fit":
+            # now, with the weights that score: averages may be taken back before this callback's epoch end
+            self._adapted = {name: p.detach().cpu().clone() for name, p in pl_module.backbone.trained().items()}
+
+    @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -114,7 +123,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
         steps = detector.steps_trained
         path = _snapshot(checkpoint_folder(trainer), detector.run_id, steps)
-        adapted = {name: p.detach().cpu() for name, p in detector.backbone.trained().items()}
+        adapted = self._adapted
         entries = detector.index.whole(detector.entries())
         if steps == 0:
             one = sum(t.numel() * t.element_size() for t in (entries, *adapted.values()))

@@ -25,6 +25,11 @@ def require_possible(detector: Any) -> None:
             f"{detector.method} has nothing to train: run `lightning test` with the same arguments, "
             "which builds its bank and saves it in last.ckpt."
         )
+    if trainer.state.fn == "fit" and not detector.automatic_optimization:
+        raise PandaError(
+            f"{detector.method} sets automatic_optimization=False, and its steps would not be counted: let Lightning "
+            "optimise, with one optimiser."
+        )
     for name, hint in (("accumulate_grad_batches", Count), ("check_val_every_n_epoch", Count | None)):
         require(f"trainer.{name}", getattr(trainer, name), hint)
     require_options(trainer)
@@ -37,9 +42,14 @@ def require_data(detector: Any, stage: str) -> None:
         PandaError: Saying what to do.
     """
     data = detector.data
-    if stage != "predict" and not hasattr(data, "normal_dataloader"):
+    if stage == "predict" and not hasattr(data, "names"):
         raise PandaError(
-            f"{detector.method} needs a data module with normal_dataloader(), which gives the normal training images "
+            f"{detector.method} predicts images of a data module, such as UnlabelledImages; got {type(data).__name__}. "
+            "For pictures in memory use detector.score()."
+        )
+    if stage != "predict" and not (hasattr(data, "normal_dataloader") and hasattr(type(data), "problem")):
+        raise PandaError(
+            f"{detector.method} needs an AnomalyDataModule, whose normal_dataloader() gives the normal training images "
             f"in order; got {type(data).__name__}. ImageFolder serves any folder of images."
         )
     held = stage == "fit" and bool(getattr(data, "calibration_fraction", 0))

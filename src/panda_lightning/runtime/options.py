@@ -63,8 +63,8 @@ def require_options(trainer: Any) -> None:
             "enable_checkpointing, enable_progress_bar and enable_model_summary to false instead."
         )
     detector = trainer.lightning_module
-    own = detector is not None and not type(detector).__module__.startswith("panda_lightning.")  # may have BatchNorm
-    if not own and getattr(trainer.strategy, "_layer_sync", None) is not None:
+    users = detector is not None and not type(detector).__module__.startswith("panda_lightning.")  # may have BatchNorm
+    if not users and getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise PandaError(
             "trainer.sync_batchnorm=true has no effect: BatchNorm of a pretrained network does not learn, and "
             "BatchNorm of other networks here already sees the images of all processes. Leave it out."

@@ -3,7 +3,7 @@ import signal
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from panda_lightning import PANDA, PANDAOE, ImageFolder, SaveOnSignal
@@ -42,7 +42,7 @@ def fit(tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, accumu
         accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
         default_root_dir=tmp_path, num_sanity_val_steps=0, accumulate_grad_batches=accumulate,
         callbacks=list(callbacks), enable_checkpointing=any(
-            isinstance(callback, ModelCheckpoint) for callback in callbacks
+            isinstance(callback, Checkpoint) for callback in callbacks
         ),
     )  # fmt: skip
     data = ImageFolder(
@@ -164,6 +164,23 @@ def test_lightnings_own_checkpoint_of_an_epochs_last_step_is_validated_after_a_r
     path = next((tmp_path / "checkpoints").iterdir())
     assert torch.load(path, weights_only=True)["global_step"] == step
     resumed = fit(tmp_path, folder, rest, ckpt_path=path)
+    assert part.aurocs | rest.aurocs == whole.aurocs
+    same(detector, resumed)
+
+
+@pytest.mark.parametrize(("outliers", "on_disk"), [(0, False), (0, True), (3, True)])
+@pytest.mark.usefixtures("one_thread")
+def test_a_step_that_failed_is_made_by_the_run_that_goes_on(tmp_path, folder, outliers, on_disk):
+    make_clouds(tmp_path / "others", outliers)
+    options = {"oe": outliers > 0} | ({"memory_gb": 0, "num_workers": 1} if on_disk else {})
+    whole, part, rest = Seen(), Seen(), Seen()
+    detector = fit(tmp_path, folder, whole, **options)
+    part.on_before_backward = lambda trainer, pl_module, loss: killed() if trainer.global_step == 8 else None
+    with pytest.raises(KilledError):
+        fit(tmp_path, folder, part, OnExceptionCheckpoint(tmp_path), **options)
+    resumed = fit(tmp_path, folder, rest, ckpt_path=tmp_path / "on_exception.ckpt", **options)
+    assert list(part.steps) == list(range(1, 9))
+    assert part.steps | rest.steps == whole.steps
     assert part.aurocs | rest.aurocs == whole.aurocs
     same(detector, resumed)
 

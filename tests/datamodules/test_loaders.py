@@ -1,4 +1,5 @@
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,15 @@ def test_a_place_counts_once_and_in_its_epoch_alone():
     assert drawn(elsewhere) == expected[2]
     elsewhere.sampler.set_epoch(1)
     assert drawn(elsewhere) == expected[1]
+
+
+@pytest.mark.parametrize("batch_idx", [-1, 0, 3, 4, 5, 6, 12])  # 5 and 11 are the last of the loader
+def test_the_runs_own_count_of_batches_is_what_counts(batch_idx):
+    """It goes on beyond a loader's length where the loader goes round and round beside a longer one."""
+    expected, resumed = drawn(loader()), loader()
+    resumed.load_state_dict({"epoch": 0, "done": 2})
+    resumed.loop = SimpleNamespace(batch_idx=batch_idx)
+    assert drawn(resumed) == expected[(batch_idx + 1) % 6 :]
 
 
 def test_after_an_epochs_last_batch_comes_its_first():

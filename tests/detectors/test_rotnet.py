@@ -5,6 +5,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from panda_lightning import MultiHeadRotNet, PandaError
 from panda_lightning.networks.scratch import Dropout
+from tests.callbacks.test_save_on_signal import Seen
 from tests.detectors.test_panda import data, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +123,25 @@ def test_a_resumed_run_draws_the_dropout_of_the_undisturbed_one(folder, tmp_path
         assert 0.2 < theirs.double().mean() < 0.4
         assert torch.equal(ours, theirs)
     assert not torch.equal(whole[0], whole[3])  # one batch in its place after the other: each step draws anew
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])  # of 9 in three epochs
+def test_a_run_resumed_within_an_epoch_goes_on_with_the_batches_that_were_left(folder, tmp_path, step):
+    """Asking for the number of steps, for the schedule, makes Lightning forget the loader's place."""
+
+    def run(path=None):
+        torch.manual_seed(0)
+        detector, seen = MultiHeadRotNet(**SMALL), Seen()
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1 if path is None else 0)
+        fit = trainer(tmp_path, 3, enable_checkpointing=True, callbacks=[seen, every])
+        fit.fit(detector, data(folder), ckpt_path=path)
+        return detector, seen
+
+    whole, undisturbed = run()
+    resumed, rest = run(tmp_path / f"step={step}.ckpt")
+    assert rest.steps == {number: images for number, images in undisturbed.steps.items() if number > step}
+    assert rest.aurocs == {number: auroc for number, auroc in undisturbed.aurocs.items() if number > step}
+    assert torch.equal(resumed.scores.score, whole.scores.score)
 
 
 def test_batches_of_a_step_and_other_seeds_drop_anew(folder, tmp_path):

@@ -86,19 +86,24 @@ class ShardedSampler(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader that goes on in the middle of an epoch: Lightning keeps its place in every checkpoint.
+    """A loader that goes on in the middle of an epoch.
+
+    A Detector gives it the loop of its run, which knows the number of the batch to come. Lightning also keeps the
+    loader's place in every checkpoint, and brings it back for other modules; but not where ``configure_optimizers``
+    asked for the number of steps, and so for the loader, and with a batch too many where its step failed.
 
     Batches are drawn from the sampler when the first is asked for, not when an iterator is made, since Lightning tells
-    the sampler the epoch in between.
+    the sampler the epoch, and its loop the batch, in between.
     """
 
+    loop: Any = None  # the Trainer's fit_loop
     done = 0  # batches given out in this epoch
     resumed: tuple[int, int] = (-1, 0)  # epoch, and batches given out in it before
 
     @override
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        epoch, done = self.resumed
         sampler: Any = self.sampler
+        epoch, done = self.resumed if self.loop is None else (sampler.epoch, self.loop.batch_idx + 1)
         sampler.skip = done % len(self) * (self.batch_size or 1) if epoch == sampler.epoch else 0
         self.resumed, self.done = (-1, 0), sampler.skip // (self.batch_size or 1)
         for batch in super().__iter__():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -398,6 +399,9 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
         steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         checks.require_to_go_on(self, steps, self._steps_per_epoch)
         self._steps_per_epoch = steps
+        for loader in CombinedLoader(self.trainer.train_dataloader).flattened:
+            if hasattr(loader, "loop"):  # a ResumableLoader, not a user's own
+                loader.loop = self.trainer.fit_loop
         epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
         due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
         if due and self.trainer.enable_validation and not self.is_scored:

@@ -79,5 +79,6 @@ class RebuildIndex(pl.Callback):
 def validate_now(trainer: pl.Trainer) -> None:
     """One whole validation before the next training step, as if Lightning had come to it."""
     trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False  # else it counts the batches of the checkpoint's last one
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True

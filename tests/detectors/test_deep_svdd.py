@@ -104,6 +104,20 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, stop):
     assert (again.centre is None) == (stop < 4)
 
 
+def test_after_a_resume_from_the_first_phases_last_step_comes_the_second(folder, tmp_path):
+    def run(path=None):
+        torch.manual_seed(0)
+        detector = DeepSVDD(pretrain_epochs=1, pretrain_milestone=1, lr=1e-3)
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1 if path is None else 0)
+        fit = trainer(tmp_path, 3, enable_checkpointing=True, callbacks=[saved])
+        fit.fit(detector, data(folder), ckpt_path=path)
+        return detector
+
+    whole, resumed = run(), run(tmp_path / "step=3.ckpt")  # an epoch has three
+    assert torch.equal(resumed.centre, whole.centre)
+    assert torch.equal(resumed.scores.score, whole.scores.score)
+
+
 def test_what_does_not_fit_is_said(folder, tmp_path):
     with pytest.raises(PandaError, match="image_size=40 does not suit network=auto: choose 28"):
         trainer(tmp_path).fit(DeepSVDD(), data(folder, image_size=40))

@@ -189,7 +189,8 @@ class DeepSVDD(Detector):
                 )
 
     @override
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # not once an epoch: after a resume from an epoch's last step Lightning leaves out the start of the next
         if self.centre is None and self.current_epoch >= self.pretrain_epochs:
             self.encoder.eval()
             outputs = extract(self.trainer, self.embed, self.data.normal_dataloader(), "Centre")

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from panda_lightning import MultiHeadRotNet, PandaError
 from panda_lightning.networks.scratch import Dropout
@@ -123,6 +125,33 @@ def test_a_resumed_run_draws_the_dropout_of_the_undisturbed_one(folder, tmp_path
         assert 0.2 < theirs.double().mean() < 0.4
         assert torch.equal(ours, theirs)
     assert not torch.equal(whole[0], whole[3])  # one batch in its place after the other: each step draws anew
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_that_is_resumed_to_be_longer_has_the_rates_of_its_new_length(folder, tmp_path, stop):
+    """Also a finished one, whose rate had come to 0; and what an earlier version saved, with torch's own schedule."""
+
+    def run(epochs, path=None):
+        rates = []
+
+        class Rates(Callback):
+            def on_train_batch_start(self, trainer, *args):
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        saved = ModelCheckpoint(tmp_path / f"{epochs}", filename="last")
+        fit = trainer(tmp_path, epochs, enable_checkpointing=True, callbacks=[Rates(), saved])
+        fit.fit(MultiHeadRotNet(**SMALL), data(folder), ckpt_path=path)
+        return rates, Path(saved.best_model_path)
+
+    whole, _ = run(4)
+    first, path = run(stop)
+    assert run(4, path)[0] == whole[3 * stop :] == sorted(whole[3 * stop :], reverse=True)
+    assert first != whole[: 3 * stop]
+    saved = torch.load(path, weights_only=True)
+    steps = saved["lr_schedulers"][0].pop("steps")
+    saved["lr_schedulers"][0] |= {"T_max": steps, "eta_min": 0.0}
+    torch.save(saved, tmp_path / "earlier.ckpt")
+    assert run(4, tmp_path / "earlier.ckpt")[0] == whole[3 * stop :]
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 6])  # of 9 in three epochs; 6 is validated after the resume

@@ -1,12 +1,13 @@
 """Multi-Head RotNet: a network that tells how a normal image was turned and shifted fails on anomalous ones."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from panda_lightning.arguments import Amount, Count, Fraction, OpenShare
@@ -18,6 +19,29 @@ from panda_lightning.networks.scratch import Dropout, WideResNet
 from panda_lightning.types import Batch, PandaError
 
 HEADS = {"rotation": 4, "x_shift": 3, "y_shift": 3}
+
+
+class Cosine(LRScheduler):
+    """Learning rates that fall along a cosine from their peaks to 0, after ``steps`` steps in all.
+
+    They follow from the step and the run's length alone (torch's go from one to the next), so that a run that is
+    resumed to be longer, or shorter, has from there on the rates of a run of that length.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        self.steps = max(steps, 1)  # a run of no steps asks for a rate, too
+        super().__init__(optimizer)
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        share = min(self.last_epoch / self.steps, 1.0)  # torch counts steps under this name
+        return [peak * (1 + math.cos(math.pi * share)) / 2 for peak in self.base_lrs]
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "steps": self.steps})
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate  # in place of the saved one, which belongs to the length of the run that saved it
 
 
 class MultiHeadRotNet(Detector):
@@ -122,5 +146,5 @@ class MultiHeadRotNet(Detector):
         optimizer = SGD(
             self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
         )
-        schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = Cosine(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

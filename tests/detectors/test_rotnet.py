@@ -187,6 +187,23 @@ def test_batches_of_a_step_and_other_seeds_drop_anew(folder, tmp_path):
     assert not torch.equal(first, run(1)[0])
 
 
+@pytest.mark.parametrize("epochs", [-1, None])  # Lightning makes -1 of None where max_time is given
+def test_a_run_without_an_end_is_refused_before_images_are_decoded(folder, tmp_path, epochs):
+    said = "max_epochs=-1 sets no end, but MultiHeadRotNet's .*: set max_epochs to 1 or more, or max_steps"
+    module = data(folder)
+    with pytest.raises(PandaError, match=said):
+        trainer(tmp_path, epochs, max_time="00:00:10:00").fit(MultiHeadRotNet(**SMALL), module)
+    assert not module.decoded
+    trainer(tmp_path, -1, max_steps=2).fit(MultiHeadRotNet(**SMALL), data(folder))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_may_have_hardly_any_steps(folder, tmp_path, steps):
+    detector = MultiHeadRotNet(**SMALL)
+    trainer(tmp_path, -1, max_steps=steps).fit(detector, data(folder))
+    assert detector.steps_trained == steps
+
+
 @pytest.mark.parametrize("depth", [4, 9, 12])
 def test_a_depth_that_no_such_network_has_is_refused(depth):
     with pytest.raises(PandaError, match=f"depth={depth} is not that of a WideResNet: choose 10, 16, 22"):

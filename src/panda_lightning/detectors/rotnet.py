@@ -143,8 +143,14 @@ class MultiHeadRotNet(Detector):
 
     @override
     def configure_optimizers(self) -> Any:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == math.inf:  # known before images are decoded
+            raise PandaError(
+                f"trainer.max_epochs={self.trainer.max_epochs} sets no end, but {self.method}'s learning rate falls "
+                "over all steps of a run: set max_epochs to 1 or more, or max_steps; max_time may end the run sooner."
+            )
         optimizer = SGD(
             self.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
         )
-        schedule = Cosine(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = Cosine(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

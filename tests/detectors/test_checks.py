@@ -75,3 +75,17 @@ def test_loaders_alone_are_no_data_module(tmp_path):
         PandaError, match="DN2 predicts images of a data module, such as UnlabelledImages; got NoneType"
     ):
         trainer(tmp_path).predict(detector, dataloaders=digits().test_dataloader())
+
+
+@pytest.mark.parametrize(("steps", "said"), [(3, True), (4, False)])
+def test_an_epoch_that_was_cut_is_told_when_training_goes_on(tmp_path, recwarn, steps, said):
+    def fit(last, path=None):
+        run = trainer(tmp_path, -1, max_steps=last)
+        run.fit(PANDA("panda_tiny", **ADAPT), digits(batch_size=7, train_limit=14), ckpt_path=path)
+        return run
+
+    fit(steps).save_checkpoint(tmp_path / "a.ckpt")
+    fit(6, tmp_path / "a.ckpt")
+    told = [str(one.message) for one in recwarn if "ended inside an epoch" in str(one.message)]
+    assert len(told) == said
+    assert all("after 3 steps of 2 an epoch" in one for one in told)

@@ -72,7 +72,7 @@ def test_a_bare_data_module_is_refused_in_a_sentence(tmp_path):
         def test_dataloader(self):
             return []
 
-    with pytest.raises(PandaError, match=r"needs a data module with normal_dataloader\(\).*got Bare"):
+    with pytest.raises(PandaError, match=r"needs an AnomalyDataModule, whose normal_dataloader\(\).*got Bare"):
         trainer(tmp_path).test(DN2("panda_tiny"), Bare())
 
 

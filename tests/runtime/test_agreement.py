@@ -34,7 +34,7 @@ def asked(model=None, data=None, **arguments):
 def test_a_checkpoint_says_what_it_was_made_with(tmp_path):
     state, made = made_with(checkpoint(tmp_path / "a.ckpt"))
     assert state["derived"]["bank"].tolist() == [1, 1]
-    assert made == {"model": MODEL, "data": DATA}
+    assert made == {"model": MODEL, "data": DATA, "run": {"seed": None}}
 
 
 def test_the_data_of_a_checkpoint_made_in_python_are_those_it_was_derived_from(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -402,6 +402,11 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
         for loader in CombinedLoader(self.trainer.train_dataloader).flattened:
             if hasattr(loader, "loop"):  # a ResumableLoader, not a user's own
                 loader.loop = self.trainer.fit_loop
+        if self.steps_trained < self.trainer.current_epoch * steps:  # Lightning takes an epoch that was cut for done
+            rank_zero_warn(
+                f"The run to resume ended inside an epoch, after {self.steps_trained} steps of {steps} an epoch: the "
+                "images that were left in it are passed over."
+            )
         epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
         due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
         if due and self.trainer.enable_validation and not self.is_scored:

@@ -59,11 +59,13 @@ def newest_alike(config: Any, free: Mapping[str, tuple[str, ...]], folders: list
     free = {part: tuple(name for name in names if name != "root") for part, names in free.items()}
 
     def alike(path: Path) -> bool:
+        if not free:
+            return True
         try:
             made = made_with(path)[1]
-            found = differences(config, made, free) if free else []
+            found = differences(config, made, free)
             seed, before = config.get("seed_everything"), made["run"]["seed"]
-            if free and isinstance(seed, int) and not isinstance(seed, bool) and before not in (None, seed):
+            if isinstance(seed, int) and not isinstance(seed, bool) and before not in (None, seed):
                 found.append(f"seed_everything {seed}, not {before}")
         except PandaError as error:  # somebody else's, or an older version's
             others.append(str(error))

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,11 @@ def take_space(path: Path, size: int) -> None:
 def peak_memory() -> int | None:
     """The most bytes that this process has held in memory; None where the system does not say."""
     try:
-        resource: Any = import_module("resource")
+        import resource
     except ImportError:
         return None
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usage: Any = resource  # of which mypy knows no part on Windows
+    peak: int = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 

@@ -21,11 +21,11 @@ def table(workdir):
     for i in range(4):
         picture("spot", i, 300).save(workdir / f"{i}.png")
     (workdir / "maps").mkdir()
-    picture("cloud", 1, 32).save(workdir / "maps/1.png.png")
+    picture("cloud", 1, 32).save(workdir / "maps/1.npy.png.png")
     near = [{"path": str(workdir / "3.png"), "distance": 1.25}, {"path": "gone.png", "distance": 2.0}]
     rows = [
         row(workdir / "0.png", 1.0),
-        row(workdir / "1.png", 3.0, anomalous=True, neighbours=near, map="maps/1.png.npy"),
+        row(workdir / "1.png", 3.0, anomalous=True, neighbours=near, map="maps/1.npy.png.npy"),
         row(workdir / "2.png", None, p_value=None, anomalous=None, unreadable="</script><b>not an image"),
         row(workdir / "gone.png", 2.0),
     ]
@@ -48,7 +48,7 @@ def test_a_page_holds_all_it_shows_and_asks_for_nothing(table):
     assert text.count("</script>") == 2  # what rows say does not end the script
     image = Image.open(BytesIO(base64.b64decode(shown["pictures"][shown["rows"][0]["path"]].split(",")[1])))
     assert image.size == (128, 128)
-    assert shown["rows"][0]["map"].endswith("maps/1.png.png")
+    assert shown["rows"][0]["map"].endswith("maps/1.npy.png.png")
     assert shown["rows"][0]["map"] in shown["pictures"]
     assert shown["rows"][0]["neighbours"][0]["path"] in shown["pictures"]
     assert not any("gone" in path for path in shown["pictures"])

@@ -65,7 +65,6 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
                 f"SES needs a detector with a bank of features, but {pl_module.method} has none: leave "
                 "SampleWiseEarlyStopping out of the callbacks."
             )
-
         if self.keep_snapshots and trainer.ckpt_path:
             self._bring_along(trainer, pl_module)
 
@@ -123,7 +122,7 @@ class SampleWiseEarlyStopping(Checked, pl.Callback):
     def _keep(self, trainer: pl.Trainer, detector: Any, normal: float) -> None:
         steps = detector.steps_trained
         path = _snapshot(checkpoint_folder(trainer), detector.run_id, steps)
-        adapted = self._adapted
+        adapted, self._adapted = self._adapted, {}
         entries = detector.index.whole(detector.entries())
         if steps == 0:
             one = sum(t.numel() * t.element_size() for t in (entries, *adapted.values()))

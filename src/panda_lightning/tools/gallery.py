@@ -76,7 +76,7 @@ def gallery(
     total, rows = len(rows), rows[:limit]
     for row in rows:
         row["neighbours"] = row.get("neighbours", [])[:neighbours]
-        drawn = table.parent / str(row.get("map") or "").replace(".npy", ".png")
+        drawn = table.parent / Path(row.get("map") or "none").with_suffix(".png")  # beside the map's values
         row["map"] = str(drawn) if drawn.is_file() else None
     paths = {row["path"] for row in rows if not row["unreadable"]}
     paths |= {near["path"] for row in rows for near in row["neighbours"]} | {row["map"] for row in rows if row["map"]}

@@ -185,6 +185,17 @@ def test_a_step_that_failed_is_made_by_the_run_that_goes_on(tmp_path, folder, ou
     same(detector, resumed)
 
 
+def test_a_validation_that_failed_is_made_by_the_run_that_goes_on(tmp_path, undisturbed):
+    (folder, whole, detector), part, rest = undisturbed, Seen(), Seen()
+    part.on_validation_batch_end = lambda trainer, pl_module, *_: killed() if pl_module.steps_trained == 6 else None
+    with pytest.raises(KilledError):
+        fit(tmp_path, folder, part, OnExceptionCheckpoint(tmp_path))
+    resumed = fit(tmp_path, folder, rest, ckpt_path=tmp_path / "on_exception.ckpt")
+    assert part.steps | rest.steps == whole.steps
+    assert part.aurocs | rest.aurocs == whole.aurocs
+    same(detector, resumed)
+
+
 def test_with_several_threads_a_resume_agrees_to_rounding(tmp_path, folder):
     """Threads may add in another order each time: what is promised then is what rounding grows to in so many steps."""
     whole, part, rest = Seen(), Seen(8, lambda: signal.raise_signal(ENDING[0])), Seen()

@@ -79,6 +79,8 @@ class RebuildIndex(pl.Callback):
 def validate_now(trainer: pl.Trainer) -> None:
     """One whole validation before the next training step, as if Lightning had come to it."""
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.restarting = False  # else it counts the batches of the checkpoint's last one
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # else it counts the batches of the checkpoint's last one
+    loop.run()
+    loop._has_run = False  # else an epoch that is resumed after its last step, and all after it, count as done
     trainer.training = True

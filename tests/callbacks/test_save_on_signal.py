@@ -37,10 +37,13 @@ def killed():
     raise KilledError
 
 
-def fit(tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, accumulate=1, **options):
+def fit(
+    tmp_path, folder, *callbacks, oe=False, epochs=3, ckpt_path=None, accumulate=1, each=1, interval=1.0, **options
+):
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, logger=False,
         default_root_dir=tmp_path, num_sanity_val_steps=0, accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=each, val_check_interval=interval,
         callbacks=list(callbacks), enable_checkpointing=any(
             isinstance(callback, Checkpoint) for callback in callbacks
         ),
@@ -194,6 +197,23 @@ def test_a_validation_that_failed_is_made_by_the_run_that_goes_on(tmp_path, undi
     assert part.steps | rest.steps == whole.steps
     assert part.aurocs | rest.aurocs == whole.aurocs
     same(detector, resumed)
+
+
+@pytest.mark.parametrize(("each", "interval"), [(1, 2), (2, 0.5), (None, 4)])
+@pytest.mark.usefixtures("one_thread")
+def test_a_resume_after_any_step_validates_when_the_undisturbed_run_does(tmp_path, folder, each, interval):
+    class Keep(Checkpoint):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    options = {"each": each, "interval": interval, "epochs": 2}
+    whole = Seen()
+    fit(tmp_path, folder, whole, Keep(), **options)
+    for step in range(2, 13, 2):
+        rest = Seen()
+        fit(tmp_path, folder, rest, ckpt_path=tmp_path / f"{step}.ckpt", **options)
+        assert rest.steps == {n: rows for n, rows in whole.steps.items() if n > step}
+        assert rest.aurocs == {n: auroc for n, auroc in whole.aurocs.items() if n >= step}
 
 
 def test_with_several_threads_a_resume_agrees_to_rounding(tmp_path, folder):

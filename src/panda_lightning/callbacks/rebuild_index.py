@@ -84,3 +84,21 @@ def validate_now(trainer: pl.Trainer) -> None:
     loop.run()
     loop._has_run = False  # else an epoch that is resumed after its last step, and all after it, count as done
     trainer.training = True
+
+
+def validation_was_due(trainer: pl.Trainer, epoch: int) -> bool:
+    """Whether the last step of the checkpoint that a run goes on from calls for a validation.
+
+    Lightning takes it for done, but the checkpoint may have been written before it.
+
+    Args:
+        trainer: At the start of training.
+        epoch: That the step belongs to, counted from 1.
+    """
+    done: Any = trainer.fit_loop.epoch_loop.batch_progress
+    each = trainer.check_val_every_n_epoch
+    batches = done.total.processed if each is None else done.current.processed
+    interval = trainer.val_check_batch  # None where the clock decides
+    if not (trainer.enable_validation and batches and interval):
+        return False
+    return batches % interval == 0 and (each is None or epoch % each == 0)

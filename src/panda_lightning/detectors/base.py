@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Checked
 from panda_lightning.callbacks import Health, Media, Predictions, RebuildIndex, Report
-from panda_lightning.callbacks.rebuild_index import validate_now
+from panda_lightning.callbacks.rebuild_index import validate_now, validation_was_due
 from panda_lightning.detectors import checks, origins, precision, scoring
 from panda_lightning.detectors.calibrating import Calibrated
 from panda_lightning.formulas import metrics
@@ -407,10 +407,7 @@ class Detector(Calibrated, Checked, pl.LightningModule, ABC):
                 f"The run to resume ended inside an epoch, after {self.steps_trained} steps of {steps} an epoch: the "
                 "images that were left in it are passed over."
             )
-        epochs, rest = divmod(self.steps_trained, self._steps_per_epoch)
-        due = not rest and epochs % (self.trainer.check_val_every_n_epoch or 1) == 0
-        if due and self.trainer.enable_validation and not self.is_scored:
-            # the checkpoint is of an epoch's last step, and Lightning takes that epoch's validation for done
+        if not self.is_scored and validation_was_due(self.trainer, math.ceil(self.epochs_trained)):
             validate_now(self.trainer)
 
     @override

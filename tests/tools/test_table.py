@@ -1,8 +1,10 @@
 """The command that makes a table: what it accepts, prints and writes."""
 
 import csv
+import gc
 import shlex
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,17 @@ def test_a_table_says_means_differences_and_what_is_missing(study, workdir, caps
     aurocs = [float(row["auroc"]) for row in tables[0] if row["method"] == "dn2"]
     assert f"| dn2 | 2 | {100 * np.mean(aurocs):.2f} [" in merged
     assert "| dn2 - early |" in merged
+
+
+def test_the_processes_of_a_table_end_with_it(study, workdir, capsys):
+    gc.disable()  # not when Python happens to find garbage
+    try:
+        words = ["--config=digits.yaml", "--methods=dn2", "--classes=8,9", "--jobs=2", "--folder=a"]
+        assert main(["table", *words, f"--words={' '.join(WORDS)}"]) == 0
+        assert not active_children()
+    finally:
+        gc.enable()
+    assert capsys.readouterr().out.count("Digits, ") == 2
 
 
 @pytest.mark.parametrize(

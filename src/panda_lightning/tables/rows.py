@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -130,7 +130,9 @@ class Rows:
         path = self.folder / "hardest" / f"{row.name}.npz"
         return _arrays(path) if path.is_file() else {}
 
-    def make(self, rows: Sequence[Row], again: bool = False, jobs: int = 1) -> Iterator[tuple[Row, Found | None]]:
+    def make(
+        self, rows: Sequence[Row], again: bool = False, jobs: int = 1
+    ) -> Generator[tuple[Row, Found | None], None, None]:
         """Run what is missing; None stands for a row that was there, or that another process is making.
 
         Args:

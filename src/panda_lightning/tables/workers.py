@@ -51,8 +51,9 @@ def done_by(jobs: int, do: Callable[[Thing], Done], things: Sequence[Thing]) -> 
         try:
             for share in _shares(min(jobs, len(things))):
                 mine, theirs = context.Pipe()
-                processes[mine] = context.Process(target=_serve, args=(do, theirs, *share))
-                processes[mine].start()
+                process = context.Process(target=_serve, args=(do, theirs, *share))
+                process.start()
+                processes[mine] = process
                 theirs.close()
                 give(mine)
             while processes:
@@ -106,7 +107,7 @@ def _serve(do: Callable[[Any], Any], pipe: Any, threads: int, gpus: str | None) 
 def _received(pipe: Any, processes: dict[Any, Any]) -> Any:
     try:
         found = pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         process = processes.pop(pipe)
         process.join()
         code = process.exitcode

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from inspect import isabstract
 from pathlib import Path
@@ -205,26 +206,35 @@ def _make(rows: Rows, plan: Sequence[Row], again: bool, jobs: int) -> None:
     try:
         rows.require_files([row for row in plan if row.name not in waiting])
         rows.require_words(list(waiting.values()))
-        with Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress:
+        with (
+            Progress(*columns, console=console, disable=not console.is_terminal, **options) as progress,
+            closing(rows.make(plan, again, jobs)) as made,  # its processes end with it, not when Python finds garbage
+        ):
             whole = progress.add_task("", total=len(plan), end="")
             single = progress.add_task("", total=None, end="", visible=jobs == 1)
-            made = rows.make(plan, again, jobs)
-            for number, row in enumerate(plan):
+
+            def tell(done: int) -> None:
+                if done == len(plan):
+                    return
+                row = plan[done]
                 left, unknown = expected.left(list(waiting.values()), at_once())
                 end = time.strftime("%H:%M", time.localtime(time.time() + left))
                 known = f"until about {end}{' at least' if unknown else ''}" if left else ""
-                told = f"Row {number + 1} of {len(plan)}{f', {at_once()} at a time' if jobs > 1 else ''}"
-                progress.update(whole, completed=number, description=told, end=known)
+                told = f"Row {done + 1} of {len(plan)}{f', {at_once()} at a time' if jobs > 1 else ''}"
+                progress.update(whole, completed=done, description=told, end=known)
                 own = expected.seconds(row)
                 name = f"{row.normal}, {row.column}, seed {row.seed}"
                 progress.reset(single, total=None, description=name if len(name) <= 34 else f"{name[:33]}…")
                 progress.update(single, end="" if own is None else f"of about {_time(own)}")
-                row, found = next(made)  # another one, where there are several at a time
+
+            tell(0)
+            for number, (row, found) in enumerate(made, 1):  # another row, where there are several at a time
                 waiting.pop(row.name, None)
                 if found is not None:
                     expected.known += [found] if found.error is None else []
                     rest = _left(*expected.left(list(waiting.values()), at_once())) if waiting else ""
                     console.print(f"{_line(rows, found)}{rest}", soft_wrap=True, markup=False, highlight=False)
+                tell(number)
     except (KeyboardInterrupt, SystemExit) as end_of_it:
         done = sum(rows.path(row).is_file() for row in plan)
         console.print(f"Stopped with {done} of {len(plan)} rows: run the same command to continue.", soft_wrap=True)

@@ -317,7 +317,46 @@ def test_the_published_recipe_is_the_default():
         "weight_decay": 5e-5, "grad_clip": 1e-3, "prefix_cache_gb": 4.0, "prefix_cache_half": False,
         "prefix_cache_dir": None, "optimize": "folded", "index_backend": "auto", "index_memory_mb": 512,
         "shard_bank": False, "pool": None, "adapt": "stages", "lora_rank": 8,
+        "schedule": "published",
     }  # fmt: skip
+
+
+class Compactness(pl.Callback):
+    """Keeps the compactness of the normal images at each validation, from features of its own."""
+
+    def __init__(self):
+        self.points = []
+
+    def on_validation_end(self, trainer, pl_module):
+        with torch.no_grad():
+            features = pl_module.backbone(
+                trainer.datamodule.normal_dataloader().dataset.__getitems__(range(11))["image"]
+            )
+        centre = features.mean(dim=0) if pl_module.centre is None else pl_module.centre
+        self.points.append(float(((features - centre) ** 2).mean()))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_schedule_ends_training_at_a_share_of_the_compactness(tmp_path, folder, every):
+    whole, cut, again = Compactness(), Compactness(), Compactness()
+    options = {"enable_checkpointing": True, "check_val_every_n_epoch": every}
+
+    def new(**schedule):
+        return PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0, **schedule)
+
+    trainer(tmp_path, 8, callbacks=[whole], **options).fit(new(), data(folder))
+    _, first, second, *_ = (point / whole.points[0] for point in whole.points)
+    assert second < 0.99 * first
+    detector = new(schedule=(first + second) / 2)
+    kept = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+    trainer(tmp_path, 8, callbacks=[cut, kept], **options).fit(detector, data(folder))
+    assert cut.points == pytest.approx(whole.points[:3], rel=1e-4)
+    assert detector.epochs_trained == 2 * every
+    path = tmp_path / "last.ckpt"
+    resumed = PANDA.load_from_checkpoint(path)
+    trainer(tmp_path, 8, callbacks=[again], **options).fit(resumed, data(folder), ckpt_path=path)
+    assert resumed.steps_trained == detector.steps_trained
+    assert not again.points
 
 
 class CountsImages(pl.Callback):

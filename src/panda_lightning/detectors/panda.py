@@ -1,13 +1,14 @@
 """PANDA: pretrained features adapted to the normal images, without collapse."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from panda_lightning.arguments import Amount, Count, Fraction, Positive
+from panda_lightning.arguments import Amount, Count, Fraction, OpenShare, Positive
 from panda_lightning.callbacks import FeatureHealth
 from panda_lightning.detectors.dn2 import DN2
 from panda_lightning.formulas import fisher, losses
@@ -63,6 +64,9 @@ class PANDA(DN2):
             normalisation layers), or lora (a low-rank change added to the weights of each linear layer or 1 x 1
             convolution; EWC then penalises this change).
         lora_rank: Rank of the change for ``adapt=lora``.
+        schedule: When training ends: published (after the epochs of the trainer), or a share such as 0.33: after the
+            first epoch with a validation at which the compactness of the normal images is at most this share of what it
+            was before training, and after the epochs of the trainer at the latest.
 
     Attributes:
         centre: (D,), c.
@@ -105,6 +109,7 @@ class PANDA(DN2):
         pool: Pool | None = None,
         adapt: Adapt = "stages",
         lora_rank: Count = 8,
+        schedule: OpenShare | Literal["published"] = "published",
     ) -> None:
         super().__init__(
             backbone, weights, k, normalize, centroids, optimize, index_backend, index_memory_mb, shard_bank, pool
@@ -115,6 +120,7 @@ class PANDA(DN2):
         )  # fmt: skip
         self.normalize_loss = normalize_loss
         self.ewc_weight, self.fisher_source = ewc_weight, fisher
+        self.schedule = schedule
 
     @property
     @override
@@ -152,6 +158,16 @@ class PANDA(DN2):
         wide = torch.promote_types(pairs[0][0].dtype, torch.float32)  # squares of small steps are 0 in float16
         moved = [(p.to(wide) - before.to(wide)).square().sum() for p, before in pairs]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
+        self._end_if_compact()
+
+    def _end_if_compact(self) -> None:
+        """End training by the schedule; a run that ended so and is resumed ends at once."""
+        if self.schedule == "published" or not self.compactness_before or not self.bank_is_fresh:
+            return
+        share = self.compactness() / self.compactness_before
+        if share <= self.schedule:
+            rank_zero_info(f"Compactness is {share:.3g} of what it was before training: training ends here.")
+            self.trainer.should_stop = True
 
     def compactness(self) -> float:
         """Mean compactness of the normal training images, with the weights that made the bank."""
@@ -183,3 +199,4 @@ class PANDA(DN2):
                 self.fisher = fisher.kept_or_estimated(path, self.backbone, batches, self.trainer.strategy)
         for name in ("centre", "start", "fisher"):
             setattr(self, name, mapped(getattr(self, name), lambda tensor: tensor.to(self.device)))
+        self._end_if_compact()

@@ -46,7 +46,7 @@ def draw(folder: Path) -> None:
     for line in lines:
         curves[line["class"], line["images"], line["method"]].append((float(line["share"]), float(line["auroc"])))
     classes = sorted({normal for normal, *_ in curves})
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     for axes, normal in zip(figure.subplots(1, len(classes), squeeze=False)[0], classes, strict=True):
         for (kind, images, method), points in curves.items():
             if kind == normal:
@@ -62,7 +62,7 @@ def draw(folder: Path) -> None:
         axes.set_xlabel("compactness of the training images, share of its start")
         axes.set_ylabel("AUROC")
         axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
     figure.savefig(folder / "by_compactness.png", dpi=110)
 
 

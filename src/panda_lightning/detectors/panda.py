@@ -161,7 +161,7 @@ class PANDA(DN2):
         self._end_if_compact()
 
     def _end_if_compact(self) -> None:
-        """End training by the schedule; a run that ended so and is resumed ends at once."""
+        """End training by the schedule: now, too, where a resumed run had ended so."""
         if self.schedule == "published" or not self.compactness_before or not self.bank_is_fresh:
             return
         share = self.compactness() / self.compactness_before

@@ -16,6 +16,8 @@ from panda_lightning.tools import table
 
 PAGE = Path(__file__).with_name("RESULTS.md")
 BLOCK = re.compile(r"<!-- (panda table [^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+DETAILS = re.compile(r"(?<=\n\n)\| normal class \|.*?(?=\n\n(?:Failed|Not run:|Made by))", re.DOTALL)
+FOLDED = "<details markdown>\n<summary>By class, by pair, by kind of anomaly</summary>\n\n{}\n\n</details>"
 
 
 def written(command: str) -> str:
@@ -27,8 +29,12 @@ def written(command: str) -> str:
     rows = Rows(config.folder or Path("none"))
     places = {row.place for row in plan}
     found = [one for one in rows.read() if one.row.place in places]
-    text = formats.markdown(table.summarised(rows, found, plan, config), how="")
+    summary = table.summarised(rows, found, plan, config)
+    for one in summary["sets"] if config.classes else ():
+        one["others"] = []  # methods that were only published, for all classes
+    text = formats.markdown(summary, how="")
     body = text.partition("\n\n")[2]  # without its heading
+    body = DETAILS.sub(lambda found: FOLDED.format(found[0]), body)
     return f"<!-- {command} -->\n\n`{command}`\n\n{body}\n\n<!-- end -->"
 
 

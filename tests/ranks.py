@@ -51,6 +51,7 @@ CASES = {
     "PANDA, ViT": (2, lambda cache: panda.PANDA("vit", **STEPS, ewc_weight=100, prefix_cache_dir=cache), {}),
     "PANDA, DINOv3": (2, lambda cache: panda.PANDA("eva", **STEPS, ewc_weight=100, prefix_cache_dir=cache), {}),
     "PANDA, LoRA": (2, lambda cache: panda.PANDA("eva", **STEPS, ewc_weight=1e4, adapt="lora", lora_rank=2), {}),
+    "PANDA, schedule": (9, lambda cache: panda.PANDA(**ADAPT, ewc_weight=0, schedule=0.7, shard_bank=True), {}),
     "PANDA, several sizes": (2, lambda cache: panda.PANDA("panda_tiny", **STEPS, ewc_weight=0), SEVERAL),
     "PatchCore, several sizes": (0, lambda cache: panda.PatchCore("panda_tiny", coreset=0.5), SEVERAL),
     "DN2": (0, lambda cache: panda.DN2("panda_tiny", normalize=True), {}),

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -120,7 +120,7 @@ class PANDA(DN2):
         )  # fmt: skip
         self.normalize_loss = normalize_loss
         self.ewc_weight, self.fisher_source = ewc_weight, fisher
-        self.schedule = schedule
+        self.enough = 0.0 if schedule == "published" else schedule  # the share of compactness that ends training
 
     @property
     @override
@@ -162,12 +162,25 @@ class PANDA(DN2):
 
     def _end_if_compact(self) -> None:
         """End training by the schedule: now, too, where a resumed run had ended so."""
-        if self.schedule == "published" or not self.compactness_before or not self.bank_is_fresh:
-            return
-        share = self.compactness() / self.compactness_before
-        if share <= self.schedule:
+        if (share := self._compactness_left()) is not None and share <= self.enough:
             rank_zero_info(f"Compactness is {share:.3g} of what it was before training: training ends here.")
             self.trainer.should_stop = True
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if (share := self._compactness_left()) is not None and share > self.enough:
+            clip = "" if self.grad_clip is None else ", or model.grad_clip"
+            rank_zero_warn(
+                f"Training ended before model.schedule={self.enough:g}: compactness is {share:.3g} of what it was "
+                f"before training after {self.steps_trained} steps; raise trainer.max_epochs{clip}."
+            )
+
+    def _compactness_left(self) -> float | None:
+        """Compactness by that before training; None by the published schedule, or without a bank of these weights."""
+        if not (self.enough and self.compactness_before and self.bank_is_fresh):
+            return None
+        return self.compactness() / self.compactness_before
 
     def compactness(self) -> float:
         """Mean compactness of the normal training images, with the weights that made the bank."""

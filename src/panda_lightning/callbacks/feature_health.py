@@ -25,7 +25,7 @@ class FeatureHealth(pl.Callback):
     - ewc_share: EWC's share of the loss, mean over the epoch.
 
     A warning says where the effective rank has fallen to a tenth: the features have collapsed to a few directions. No
-    number tells when to stop: the rule that was best on four data sets was worse than none on four others
+    number tells which epoch is best: the rule that was best on four data sets was worse than none on four others
     (experiments/RESULTS.md).
     """
 

@@ -24,7 +24,7 @@ def draw(folder: Path) -> None:
     kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in rows.read() if one.error is None}
     names = sorted({column.removesuffix(WORD) for column, _ in kept} - {"DN2"})
     classes = sorted({normal for column, normal in kept if not column.startswith("DN2")})
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, end in zip(figure.subplots(2, 1, sharex=True), ("", WORD), strict=True):
         columns = sorted({column for column, _ in kept if column.endswith(WORD) == bool(end)} - {f"DN2{end}"})
         whole = [normal for normal in classes if all((column, normal) in kept for column in columns)]
@@ -44,7 +44,8 @@ def draw(folder: Path) -> None:
         axes.set_title(f"{'normalised' if end else 'raw'} features", loc="left")
         axes.set_ylabel("AUROC less DN2's, points")
         axes.grid(axis="y", alpha=0.25)
-        axes.legend(ncols=len(columns), frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.98))
+    signs = {text: sign for axes in figure.axes for sign, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend([signs[name] for name in names], names, ncols=len(names), frameon=False, loc="outside upper center")
     figure.savefig(folder / "by_class.png", dpi=110)
 
 

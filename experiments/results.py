@@ -34,6 +34,7 @@ def written(command: str) -> str:
         one["others"] = []  # methods that were only published, for all classes
     text = formats.markdown(summary, how="")
     body = text.partition("\n\n")[2]  # without its heading
+    body = body.replace("are in table.html", "are in the table.html that this command writes")
     body = DETAILS.sub(lambda found: FOLDED.format(found[0]), body)
     return f"<!-- {command} -->\n\n`{command}`\n\n{body}\n\n<!-- end -->"
 

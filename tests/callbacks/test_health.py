@@ -177,9 +177,9 @@ def test_of_other_training_nothing_is_said(tmp_path, folder, make, options):
 def test_features_and_weights_must_both_be_where_they_were(after, distance, clip, ending):
     detector = SimpleNamespace(
         compactness_before=1.0, compactness=lambda: after, start={"a": torch.ones(10, 10)}, terms=("compactness",),
-        grad_clip=clip, lr=0.01, steps_trained=45,
+        grad_clip=clip, lr=0.01, steps_trained=45, enough=0.0,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        health._say_if_nothing_moved(detector, torch.tensor(distance))
+        health._say_if_too_little(detector, torch.tensor(distance))
     assert [str(w.message)[-len(ending or "") :] for w in caught] == ([ending] if ending else [])

@@ -325,9 +325,10 @@ class Compactness(pl.Callback):
     """Keeps the compactness of the normal images at each validation, from features of its own."""
 
     def __init__(self):
-        self.points = []
+        self.points, self.steps = [], []
 
     def on_validation_end(self, trainer, pl_module):
+        self.steps.append(pl_module.steps_trained)
         with torch.no_grad():
             features = pl_module.backbone(
                 trainer.datamodule.normal_dataloader().dataset.__getitems__(range(11))["image"]
@@ -336,10 +337,15 @@ class Compactness(pl.Callback):
         self.points.append(float(((features - centre) ** 2).mean()))
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_schedule_ends_training_at_a_share_of_the_compactness(tmp_path, folder, every):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 2},
+     {"val_check_interval": 2, "check_val_every_n_epoch": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_schedule_ends_training_at_a_share_of_the_compactness(tmp_path, folder, options):
     whole, cut, again = Compactness(), Compactness(), Compactness()
-    options = {"enable_checkpointing": True, "check_val_every_n_epoch": every}
+    options = {"enable_checkpointing": True, **options}
 
     def new(**schedule):
         return PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0, **schedule)
@@ -347,20 +353,35 @@ def test_a_schedule_ends_training_at_a_share_of_the_compactness(tmp_path, folder
     trainer(tmp_path, 8, callbacks=[whole], **options).fit(new(), data(folder))
     _, first, second, *_ = (point / whole.points[0] for point in whole.points)
     assert second < 0.99 * first
-    detector = new(schedule=(first + second) / 2)
+    share = (first + second) / 2
+    detector = new(schedule=share)
     kept = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
     trainer(tmp_path, 8, callbacks=[cut, kept], **options).fit(detector, data(folder))
     assert cut.points == pytest.approx(whole.points[:3], rel=1e-4)
-    assert detector.epochs_trained == 2 * every
+    assert detector.steps_trained == whole.steps[2]
     path = tmp_path / "last.ckpt"
     resumed = PANDA.load_from_checkpoint(path)
     trainer(tmp_path, 8, callbacks=[again], **options).fit(resumed, data(folder), ckpt_path=path)
     assert resumed.steps_trained == detector.steps_trained
     assert not again.points
-    short = new(schedule=(first + second) / 2)
-    said = r"ended before model.schedule=0\.\d+: compactness is 0\.\d+ of .* after \d steps"
+    trainer(tmp_path, 8, callbacks=[again], **options).fit(resumed, data(folder))  # a fit of its own is another run
+    assert again.points == pytest.approx(whole.points[:3], rel=1e-4)
+
+
+def test_a_schedule_needs_no_validation(tmp_path, folder):
+    seen = Compactness()
+    trainer(tmp_path, 4, callbacks=[seen]).fit(PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0), data(folder))
+    share = (seen.points[1] + seen.points[2]) / 2 / seen.points[0]
+    detector = PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0, schedule=share)
+    trainer(tmp_path, 4, limit_val_batches=0).fit(detector, data(folder))
+    assert detector.epochs_trained == 2
+
+
+def test_a_run_that_ends_before_its_schedule_says_so(tmp_path, folder):
+    detector = PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0, schedule=0.01)
+    said = r"Training ended before compactness fell to 0.01 of its start: compactness is .* after 3 steps and was"
     with pytest.warns(UserWarning, match=said):
-        trainer(tmp_path, 1, **options).fit(short, data(folder))
+        trainer(tmp_path, 1).fit(detector, data(folder))
 
 
 class CountsImages(pl.Callback):

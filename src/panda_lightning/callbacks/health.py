@@ -111,24 +111,28 @@ class Health(pl.Callback):
         if trainer.enable_validation and not pl_module.is_scored:
             validate_now(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            _say_if_nothing_moved(pl_module, trainer.callback_metrics.get("train/distance_from_start"))
+            _say_if_too_little(pl_module, trainer.callback_metrics.get("train/distance_from_start"))
 
 
-def _say_if_nothing_moved(detector: Any, distance: Tensor | None) -> None:
-    """Warn where neither the normal features nor the weights are other than before training."""
+def _say_if_too_little(detector: Any, distance: Tensor | None) -> None:
+    """Warn where normal features and weights are as before training, or compactness is above the share to end at."""
     before = getattr(detector, "compactness_before", None)
     if before is None or distance is None or "compactness" not in detector.terms:
         return
     after = detector.compactness()
     start = torch.stack([p.float().norm() for p in detector.start.values()]).norm()
     if abs(after - before) <= STILL * before and distance <= STILL * start:
-        clip = detector.grad_clip
-        rank_zero_warn(
-            f"Training changed almost nothing: compactness is {after:.4g} after {detector.steps_trained} steps "
-            f"and was {before:.4g} before, "
-            + (f"with gradients clipped to {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
-            + f"train more epochs, or raise {'model.grad_clip or ' if clip else ''}model.lr."
-        )
+        said = "Training changed almost nothing"
+    elif detector.enough and not detector.is_compact:
+        said = f"Training ended before compactness fell to {detector.enough:g} of its start"
+    else:
+        return
+    clip = detector.grad_clip
+    rank_zero_warn(
+        f"{said}: compactness is {after:.4g} after {detector.steps_trained} steps and was {before:.4g} before, "
+        + (f"with gradients clipped to {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
+        + f"train more epochs, or raise {'model.grad_clip or ' if clip else ''}model.lr."
+    )
 
 
 def _say_if_partial(detector: Any, loader: Any) -> None:

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -65,8 +65,8 @@ class PANDA(DN2):
             convolution; EWC then penalises this change).
         lora_rank: Rank of the change for ``adapt=lora``.
         schedule: When training ends: published (after the epochs of the trainer), or a share such as 0.33: after the
-            first epoch with a validation at which the compactness of the normal images is at most this share of what it
-            was before training, and after the epochs of the trainer at the latest.
+            first validation at which the compactness of the normal images is at most this share of what it was before
+            training, and after the epochs of the trainer at the latest.
 
     Attributes:
         centre: (D,), c.
@@ -75,6 +75,7 @@ class PANDA(DN2):
         compactness_before: Mean compactness of the normal training images before training.
         first_neighbours: For some of these images, their nearest neighbours before training, see FeatureHealth.
         first_rank: The effective rank of their features before training, see FeatureHealth.
+        is_compact: Whether compactness has fallen to the share in ``schedule``.
     """
 
     centre = Derived[Tensor | None](None)
@@ -83,6 +84,7 @@ class PANDA(DN2):
     compactness_before = Derived[float | None](None)
     first_neighbours = Derived[Tensor | None](None)
     first_rank = Derived[float | None](None)
+    is_compact = Derived[bool](False)
 
     def __init__(
         self,
@@ -160,27 +162,22 @@ class PANDA(DN2):
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
         self._end_if_compact()
 
-    def _end_if_compact(self) -> None:
-        """End training by the schedule: now, too, where a resumed run had ended so."""
-        if (share := self._compactness_left()) is not None and share <= self.enough:
-            rank_zero_info(f"Compactness is {share:.3g} of what it was before training: training ends here.")
-            self.trainer.should_stop = True
-
     @override
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if (share := self._compactness_left()) is not None and share > self.enough:
-            clip = "" if self.grad_clip is None else ", or model.grad_clip"
-            rank_zero_warn(
-                f"Training ended before model.schedule={self.enough:g}: compactness is {share:.3g} of what it was "
-                f"before training after {self.steps_trained} steps; raise trainer.max_epochs{clip}."
-            )
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == "fit":
+            self._end_if_compact()
 
-    def _compactness_left(self) -> float | None:
-        """Compactness by that before training; None by the published schedule, or without a bank of these weights."""
-        if not (self.enough and self.compactness_before and self.bank_is_fresh):
-            return None
-        return self.compactness() / self.compactness_before
+    def _end_if_compact(self) -> None:
+        """End training by the schedule, once there is a bank of these weights to tell by."""
+        if self.is_compact or not (self.enough and self.compactness_before and self.bank_is_fresh):
+            return
+        share = self.compactness() / self.compactness_before
+        if share <= self.enough:
+            rank_zero_info(
+                f"Compactness has fallen to {share:.3g} of its start (model.schedule={self.enough:g}): training ends."
+            )
+            self.is_compact = self.trainer.should_stop = True
 
     def compactness(self) -> float:
         """Mean compactness of the normal training images, with the weights that made the bank."""
@@ -193,6 +190,11 @@ class PANDA(DN2):
         super().accept(data)
         if self.trainer.state.fn == "fit" and self.ewc_weight and self.fisher is None:  # what does not fit, says so now
             self.fisher = fisher.from_source(self.fisher_source, self.backbone, self.adapt_stages)
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.trainer.should_stop |= self.is_compact  # a resumed run that had ended so is done
 
     @override
     def on_train_start(self) -> None:
@@ -212,4 +214,3 @@ class PANDA(DN2):
                 self.fisher = fisher.kept_or_estimated(path, self.backbone, batches, self.trainer.strategy)
         for name in ("centre", "start", "fisher"):
             setattr(self, name, mapped(getattr(self, name), lambda tensor: tensor.to(self.device)))
-        self._end_if_compact()

@@ -2,7 +2,7 @@
 
 FOLDER holds the rows of a `panda table` with DN2, and with "DN2, normalised" if methods are normalised. A point is the
 AUROC of a method less that of DN2 on the same images, both raw or both normalised; bars are DeLong's 95 % intervals for
-pairs. Only classes count in the means at the right that all methods of a panel have.
+pairs. Methods that lack a class are left out.
 """
 
 import sys
@@ -22,24 +22,24 @@ def draw(folder: Path) -> None:
     """Draw the picture of a folder of rows."""
     rows = Rows(folder)
     kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in rows.read() if one.error is None}
-    names = sorted({column.removesuffix(WORD) for column, _ in kept} - {"DN2"})
-    classes = sorted({normal for column, normal in kept if not column.startswith("DN2")})
+    classes = sorted({normal for _, normal in kept})
+    whole = sorted(
+        {column for column, _ in kept if all((column, normal) in kept for normal in classes)} - {"DN2", f"DN2{WORD}"}
+    )
+    names = sorted({column.removesuffix(WORD) for column in whole})
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, end in zip(figure.subplots(2, 1, sharex=True), ("", WORD), strict=True):
-        columns = sorted({column for column, _ in kept if column.endswith(WORD) == bool(end)} - {f"DN2{end}"})
-        whole = [normal for normal in classes if all((column, normal) in kept for column in columns)]
+        columns = [column for column in whole if column.endswith(WORD) == bool(end)]
         for place, column in enumerate(columns):
-            first = [normal for normal in classes if (column, normal) in kept]
-            gaps = [_gap(kept, column, f"DN2{end}", [normal]) for normal in first]
-            gaps.append(_gap(kept, column, f"DN2{end}", whole))
-            x = np.array([*map(classes.index, first), len(classes) + 0.3]) + 0.14 * (place - (len(columns) - 1) / 2)
+            gaps = [_gap(kept, column, f"DN2{end}", some) for some in (*([normal] for normal in classes), classes)]
+            x = np.array([*range(len(classes)), len(classes) + 0.3]) + 0.14 * (place - (len(columns) - 1) / 2)
             value, low, high = (100 * np.array([getattr(gap, key) for gap in gaps]) for key in ("value", "low", "high"))
             ends = (value - low, high - value)
             name = column.removesuffix(WORD)
             axes.errorbar(x, value, ends, fmt="o", ms=4, lw=1.2, color=COLOURS[names.index(name)], label=name)
         axes.axhline(0, color="black", lw=0.8)
         axes.axvline(len(classes) - 0.35, color="grey", lw=0.8, ls=":")
-        axes.set_xticks([*range(len(classes)), len(classes) + 0.3], [*classes, f"mean of {len(whole)}"])
+        axes.set_xticks([*range(len(classes)), len(classes) + 0.3], [*classes, f"mean of {len(classes)}"])
         axes.tick_params(labelbottom=True)
         axes.set_title(f"{'normalised' if end else 'raw'} features", loc="left")
         axes.set_ylabel("AUROC less DN2's, points")

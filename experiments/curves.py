@@ -1,7 +1,7 @@
 """Draw AUROC over epochs: python experiments/curves.py FOLDER writes FOLDER/curves.png.
 
-FOLDER holds the rows of a `panda table` with DN2. A panel is a class, with raw features above and normalised ones
-below; a line is a method, and the dotted line is DN2.
+FOLDER holds the rows of a `panda table`. A panel is a class, with raw features above and normalised ones below; a line
+is a method, dotted where it does not train.
 """
 
 import sys
@@ -18,21 +18,23 @@ WORD = ", normalised"
 def draw(folder: Path) -> None:
     """Draw the picture of a folder of rows."""
     curves = {}
-    for one in Rows(folder).read():
+    for one in (one for one in Rows(folder).read() if one.error is None):
         name = one.row.column.removesuffix(f", {one.row.shots}-shot")
         curves[one.row.normal, WORD in name, name.removesuffix(WORD)] = one.curve
     classes = sorted({normal for normal, _, _ in curves})
     spaces = sorted({space for _, space, _ in curves})
-    names = sorted({name for _, _, name in curves} - {"DN2"})
+    names = sorted({name for _, _, name in curves})
     shades = dict(zip(names, colormaps["viridis"].resampled(len(names)).colors, strict=True))
     figure = Figure(figsize=(4 * len(classes) + 1.5, 3 * len(spaces)), layout="constrained")
     grid = figure.subplots(len(spaces), len(classes), squeeze=False, sharex=True)
     for space, line in zip(spaces, grid, strict=True):
         for normal, axes in zip(classes, line, strict=True):
-            for name in names:
+            for name in (name for name in names if (normal, space, name) in curves):
                 epochs, values = zip(*curves[normal, space, name], strict=True)
-                axes.plot(epochs, [100 * value for value in values], ".-", color=shades[name], label=name)
-            axes.axhline(100 * curves[normal, space, "DN2"][-1][1], color="black", ls=":", label="DN2")
+                if len(values) > 1:
+                    axes.plot(epochs, [100 * value for value in values], ".-", color=shades[name], label=name)
+                else:
+                    axes.axhline(100 * values[0], color=shades[name], ls=":", label=name)
             axes.set_title(f"{normal}{WORD if space else ', raw'}", loc="left")
             axes.grid(alpha=0.25)
         line[0].set_ylabel("AUROC in per cent")

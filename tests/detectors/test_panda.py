@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -366,6 +366,14 @@ def test_a_schedule_ends_training_at_a_share_of_the_compactness(tmp_path, folder
     assert not again.points
     trainer(tmp_path, 8, callbacks=[again], **options).fit(resumed, data(folder))  # a fit of its own is another run
     assert again.points == pytest.approx(whole.points[:3], rel=1e-4)
+
+
+@pytest.mark.parametrize("unseen", [{}, {"limit_val_batches": 0}], ids=str)
+def test_a_schedule_is_of_averaged_weights_where_these_make_the_bank(tmp_path, folder, unseen):
+    detector = PANDA("panda_tiny", grad_clip=10.0, ewc_weight=0.0, schedule=0.99)
+    trainer(tmp_path, 20, callbacks=[EMAWeightAveraging(decay=0.5)], **unseen).fit(detector, data(folder))
+    assert detector.is_compact
+    assert detector.epochs_trained < 20
 
 
 def test_a_schedule_needs_no_validation(tmp_path, folder):

@@ -160,7 +160,8 @@ class PANDA(DN2):
         wide = torch.promote_types(pairs[0][0].dtype, torch.float32)  # squares of small steps are 0 in float16
         moved = [(p.to(wide) - before.to(wide)).square().sum() for p, before in pairs]
         self.log("train/distance_from_start", torch.stack(moved).sum().sqrt())
-        self._end_if_compact()
+        if not self.trainer.enable_validation:  # then each epoch ends with a bank
+            self._end_if_compact()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -169,8 +170,8 @@ class PANDA(DN2):
             self._end_if_compact()
 
     def _end_if_compact(self) -> None:
-        """End training by the schedule, once there is a bank of these weights to tell by."""
-        if self.is_compact or not (self.enough and self.compactness_before and self.bank_is_fresh):
+        """End training by the schedule, where a bank has just been made."""
+        if self.is_compact or not (self.enough and self.compactness_before):
             return
         share = self.compactness() / self.compactness_before
         if share <= self.enough:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from panda_lightning import ImageFolder
-from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler
+from panda_lightning.datamodules.loaders import PinningLoader, ResumableLoader, ShardedSampler
 from panda_lightning.pictures.images import GAP, as_is
 from panda_lightning.pictures.loose import LooseDataset, pointed_at
 from tests import copies
@@ -145,6 +145,17 @@ def test_the_epoch_may_be_set_after_the_iterator_was_made():
         one.sampler.set_epoch(7)
     assert drawn(batches) == drawn(early) != drawn(loader())
     assert loader().state_dict() == {"epoch": 0, "done": 0}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("kind", [PinningLoader, ResumableLoader])
+def test_what_went_to_the_gpu_after_a_loader_was_made_is_not_pinned(kind):
+    dataset = Rows()
+    made = kind(dataset, sampler=ShardedSampler(11, 1, 0, shuffle=False), pin_memory=True)
+    for where, pinned in ((None, True), ("cpu", True), ("cuda", False)):
+        dataset.hidden = where and SimpleNamespace(is_cuda=where == "cuda")
+        assert len(drawn(made)) == 11
+        assert made.pin_memory == pinned
 
 
 KINDS = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 0])

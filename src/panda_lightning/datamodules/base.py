@@ -16,7 +16,7 @@ from typing_extensions import override
 from panda_lightning.arguments import Amount, Bounds, Checked, Count, Form, Fraction, Number, Positive, Seed, subclasses
 from panda_lightning.datamodules import choices
 from panda_lightning.datamodules.checks import require_images, require_training_images, say_where
-from panda_lightning.datamodules.loaders import ResumableLoader, ShardedSampler, pinned
+from panda_lightning.datamodules.loaders import PinningLoader, ResumableLoader, ShardedSampler, to_gpu
 from panda_lightning.datamodules.manifest import manifest, write_manifest
 from panda_lightning.datamodules.origin import origin_of
 from panda_lightning.datamodules.outliers import beside, outlier_images
@@ -363,7 +363,7 @@ class AnomalyDataModule(choices.HoldsBack, Checked, pl.LightningDataModule, ABC)
         workers = 0
         if dataset.pixels is None and dataset.hidden is None:
             workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
-        kind = ResumableLoader if train else DataLoader[Batch]
+        kind = ResumableLoader if train else PinningLoader
         batch = self.batch_size // self._world if train else self.eval_batch_size
         return kind(
             dataset,
@@ -371,7 +371,7 @@ class AnomalyDataModule(choices.HoldsBack, Checked, pl.LightningDataModule, ABC)
             sampler=ShardedSampler(len(dataset), self._world, rank, train, self.seed, dataset.kinds, batch),
             collate_fn=as_is,
             num_workers=workers,
-            pin_memory=pinned(self.trainer, dataset),
+            pin_memory=to_gpu(self.trainer),
         )
 
     def _normal_dataset(self) -> ImageDataset:

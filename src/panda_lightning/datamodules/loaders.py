@@ -13,10 +13,9 @@ from panda_lightning.pictures.shapes import batches
 from panda_lightning.types import Batch
 
 
-def pinned(trainer: Any, dataset: Any) -> bool:
+def to_gpu(trainer: Any) -> bool:
     """Whether batches are copied to a GPU, which pinned memory lets happen while it works."""
-    hidden = getattr(dataset, "hidden", None)
-    return bool(trainer and trainer.strategy.root_device.type == "cuda" and (hidden is None or not hidden.is_cuda))
+    return bool(trainer and trainer.strategy.root_device.type == "cuda")
 
 
 class ShardedSampler(DistributedSampler[int]):
@@ -85,7 +84,20 @@ class ShardedSampler(DistributedSampler[int]):
         return -(-self.size // self.world) if self.shuffle else max(0, -(-missing // self.world))
 
 
-class ResumableLoader(DataLoader[Batch]):
+class PinningLoader(DataLoader[Batch]):
+    """A loader that pins its batches, but not where the frozen layers' output is already on the GPU.
+
+    A run may put it there after the loader was made, so this is seen anew in each epoch.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        hidden = getattr(self.dataset, "hidden", None)
+        self.pin_memory = self.pin_memory and (hidden is None or not hidden.is_cuda)
+        return super().__iter__()
+
+
+class ResumableLoader(PinningLoader):
     """A loader that goes on in the middle of an epoch.
 
     A Detector gives it the loop of its run, which knows the number of the batch to come. Lightning also keeps the

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from panda_lightning.arguments import Checked, Count, Number, Positive
 from panda_lightning.callbacks import Predictions
-from panda_lightning.datamodules.loaders import ShardedSampler, pinned
+from panda_lightning.datamodules.loaders import ShardedSampler, to_gpu
 from panda_lightning.pictures.images import as_is
 from panda_lightning.pictures.loose import Loose, LooseDataset, pointed_at
 from panda_lightning.pictures.view import View
@@ -81,5 +81,5 @@ class UnlabelledImages(Checked, pl.LightningDataModule):
             ),
             collate_fn=as_is,
             num_workers=workers,
-            pin_memory=pinned(trainer, dataset),
+            pin_memory=to_gpu(trainer),
         )

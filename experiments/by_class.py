@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from panda_lightning.formulas.uncertainty import difference
 from panda_lightning.tables.rows import Rows
 
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#767676")  # Okabe and Ito
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676")  # Okabe and Ito
 WORD = ", normalised"
 
 

@@ -3,7 +3,7 @@
 #
 # DATA holds cifar-10-batches-py and mvtec, as far as they are there; OUT gets report.md, and NAME.txt of each step.
 # Without names: tests layers search segmentation bench scaling run, whose time limits add up to nine minutes on one GPU
-# (on one H100 they should take six, by arithmetic: nothing of it has been run yet). Longer ones, by name: layers152
+# (by arithmetic they should take six; only the tests have been run, on one H200). Longer ones, by name: together layers152
 # bench152 published tables mvtec; the last three need weights of the hub, or of a folder (BACKBONE=local-dir:FOLDER).
 #
 # A step that fails, or takes longer than its limit, does not stop the next. SMALL=1, or no GPU, makes all of it tiny.
@@ -85,6 +85,8 @@ for wanted; do
     run-small)
       printf '\n%s\n' "The run is tiny, and on scikit-learn's digits." >> "$report"
       fit run 60 conf/digits.yaml --trainer.max_epochs 1 --data.train_limit 16 --data.test_limit 16 ;;
+    together) step together 300 "$python" experiments/bench/together.py --backbone "${BACKBONE:-panda_tiny}" ;;
+    together-small) step together 150 "$python" experiments/bench/together.py --size 32 --train 32 --runs 1 2 ;;
     layers152) step layers152 900 "$python" experiments/bench/layers.py resnet152 224 512 mobilenetv2_100 224 512 ;;
     bench152)
       step bench152 1800 "$python" experiments/bench --architecture resnet152 --train 5000 --test 10000 --epochs 1 \

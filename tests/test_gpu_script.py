@@ -42,7 +42,7 @@ def start(tmp_path):
 
 
 SHORT = ["tests", "layers", "search", "segmentation", "bench", "scaling", "run"]
-LONG = ["layers152", "bench152", "published", "tables", "mvtec"]
+LONG = ["together", "layers152", "bench152", "published", "tables", "mvtec"]
 
 
 def test_a_step_that_fails_does_not_stop_the_next_and_the_report_tells_all(start):

@@ -183,3 +183,36 @@ def test_features_and_weights_must_both_be_where_they_were(after, distance, clip
         warnings.simplefilter("always")
         health._say_if_too_little(detector, torch.tensor(distance))
     assert [str(w.message)[-len(ending or "") :] for w in caught] == ([ending] if ending else [])
+
+
+# ---- training that raises its loss --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("decay", "weight", "rises"), [(0.1, 1e3, True), (0.0, 1e3, False), (0.1, 0.0, False)])
+def test_weight_decay_that_ewc_cannot_hold_is_said_once(tmp_path, folder, decay, weight, rises):
+    detector = PANDA("panda_tiny", ewc_weight=weight, fisher="ones", weight_decay=decay)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 4, check_val_every_n_epoch=4).fit(detector, data(folder))
+    said = [str(w.message) for w in caught if "raises its loss" in str(w.message)]
+    assert len(said) == rises
+    if rises:
+        start = sum(float(p.square().sum()) for p in detector.start.values()) ** 0.5
+        assert (
+            f" and was {detector.compactness_before:.4g} before: weight decay pulls {decay * start / 1e-3:.2g} "
+            in said[0]
+        )
+        assert said[0].endswith("clipped to 0.001, so set model.weight_decay=0 or raise model.grad_clip.")
+
+
+@pytest.mark.parametrize(
+    ("clip", "ending"),
+    [(1e-3, "before: lower model.lr or model.grad_clip."), (None, "before: lower model.lr, or set model.grad_clip.")],
+)
+def test_other_training_that_raises_its_loss_is_to_go_slower(clip, ending):
+    detector = SimpleNamespace(
+        compactness_before=1.0, start={"a": torch.ones(4)}, weight_decay=1e-4, grad_clip=clip, epochs_trained=2.0
+    )
+    with pytest.warns(UserWarning, match="it is 3 after 2 epochs and was 1") as caught:
+        health._say_why_it_rises(detector, 3.0)
+    assert str(caught[0].message).endswith(ending)

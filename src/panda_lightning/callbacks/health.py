@@ -19,14 +19,17 @@ from panda_lightning.types import Batch, PandaError
 # Relative change up to which training moved nothing: digits at the published steps change their compactness by .002 to
 # .008 and their AUROC by .0004 at most; the runs that move it by .001 or more, by .03 and more.
 STILL = 0.01
+# A loss that training lowers ends below its start. That of EWC at the published steps rises to hundreds of times its
+# start where weight decay, which is added after gradients are clipped, pulls harder than they do.
+RISEN = 2.0
 
 
 class Health(pl.Callback):
     """Ends training at a NaN or infinite loss, and says what a person may not see in the numbers.
 
     It warns of scores that are constant to five digits, of an AUROC of part of the images, and of training that moved
-    nothing, which it tells without labels. After the first epoch it says how long the others will take. The last step
-    of a run is always validated, also where an epoch does not end there.
+    nothing or raised its loss, which it tells without labels. After the first epoch it says how long the others will
+    take. The last step of a run is always validated, also where an epoch does not end there.
 
     A run that SIGTERM ends has exit status 143, so that a script does not go on as if it were done.
 
@@ -37,6 +40,7 @@ class Health(pl.Callback):
     def __init__(self) -> None:
         self._first_bad: Tensor | None = None
         self._first_epoch: tuple[int, float] | None = None  # its number, and when it began
+        self._has_risen = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -69,6 +73,16 @@ class Health(pl.Callback):
         self._first_bad = torch.where(bad, batch_idx, self._first_bad)
         if loss.device.type == "cpu" or batch_idx % 50 == 0 or trainer.is_last_batch:
             self._check(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        before = getattr(pl_module, "compactness_before", None)
+        if before is None or self._has_risen or "compactness" not in pl_module.terms:
+            return
+        loss = float(trainer.callback_metrics["train/loss"])
+        if loss > RISEN * before:
+            self._has_risen = True
+            _say_why_it_rises(pl_module, loss)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -120,8 +134,7 @@ def _say_if_too_little(detector: Any, distance: Tensor | None) -> None:
     if before is None or distance is None or "compactness" not in detector.terms:
         return
     after = detector.compactness()
-    start = torch.stack([p.float().norm() for p in detector.start.values()]).norm()
-    if abs(after - before) <= STILL * before and distance <= STILL * start:
+    if abs(after - before) <= STILL * before and distance <= STILL * _size_of_start(detector):
         said = "Training changed almost nothing"
     elif detector.enough and not detector.is_compact:
         said = f"Training ended before compactness fell to {detector.enough:g} of its start"
@@ -133,6 +146,26 @@ def _say_if_too_little(detector: Any, distance: Tensor | None) -> None:
         + (f"with gradients clipped to {clip:g}: " if clip else f"with lr {detector.lr:g}: ")
         + f"train more epochs, or raise {'model.grad_clip or ' if clip else ''}model.lr."
     )
+
+
+def _say_why_it_rises(detector: Any, loss: float) -> None:
+    """Warn of training that raises its loss, and name the pull of weight decay where it is the stronger one."""
+    clip, decay = detector.grad_clip, detector.weight_decay * _size_of_start(detector)
+    cure = f"lower model.lr{' or model.grad_clip' if clip else ', or set model.grad_clip'}"
+    if clip and decay > clip:
+        cure = (
+            f"weight decay pulls {decay / clip:.2g} times as hard as gradients clipped to {clip:g}, so set "
+            "model.weight_decay=0 or raise model.grad_clip"
+        )
+    rank_zero_warn(
+        f"Training raises its loss: it is {loss:.4g} after {detector.epochs_trained:.3g} epochs and was "
+        f"{detector.compactness_before:.4g} before: {cure}."
+    )
+
+
+def _size_of_start(detector: Any) -> float:
+    """The norm of the adapted weights before training."""
+    return float(torch.stack([p.float().norm() for p in detector.start.values()]).norm())
 
 
 def _say_if_partial(detector: Any, loader: Any) -> None:

@@ -154,7 +154,8 @@ class PretrainedDetector(Detector):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         limit = torch.inf if self.grad_clip is None else self.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.trained(), limit)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
         whole = norm.isfinite()  # gradients of 16-mixed overflow now and then, and the step is left out
         mean: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": whole.long()}
         self.log("train/grad_norm", torch.where(whole, norm, 0), **mean)

@@ -235,8 +235,9 @@ class Backbone(nn.Module):
 
     def suffix(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and pool: the output of ``prefix`` -> (B, D) features."""
-        done = self.flow.entry is None and hidden.dtype != torch.uint8
-        return hidden if done else self.pooled(self._rest(self.computing, hidden))
+        if hidden.dtype == torch.uint8:
+            return self.pooled(self._rest(self.computing, hidden))
+        return hidden if self.flow.entry is None else self.pooled(self._rest(self._computed.rest(), hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Pass the adapted layers and the pretrained classifier: the output of ``prefix`` -> (B, classes)."""

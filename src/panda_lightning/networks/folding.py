@@ -41,6 +41,10 @@ class Computed:
             self._copy = (state, compiled(made, (*flow.before, *flow.after)) if compile_all else made)
         return self._copy[1]
 
+    def rest(self) -> nn.Module:
+        """The network for what comes after the frozen layers: the given one, unless all is compiled."""
+        return self.now() if self._optimize == "compiled" else self._model
+
 
 def fold_batchnorm(model: nn.Module, units: Sequence[str], feeds: Sequence[tuple[str, str]]) -> nn.Module:
     r"""Copy a network with BatchNorm2d, in eval mode an affine map, as part of the convolution whose output it takes.

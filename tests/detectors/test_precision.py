@@ -105,6 +105,6 @@ def test_a_step_whose_gradients_overflow_counts_in_no_mean(monkeypatch):
     for gradient in (1.0, torch.inf):
         for p in detector.trained():
             p.grad = torch.full_like(p, gradient)
-        detector.configure_gradient_clipping(None)
+        detector.configure_gradient_clipping(torch.optim.SGD(detector.trained(), lr=0.1))
     count = sum(p.numel() for p in detector.trained())
     assert logged == [(pytest.approx(count**0.5), 1), (0.0, 0)]

@@ -87,14 +87,15 @@ class ShardedSampler(DistributedSampler[int]):
 class PinningLoader(DataLoader[Batch]):
     """A loader that pins its batches, but not where the frozen layers' output is already on the GPU.
 
-    A run may put it there after the loader was made, so this is seen anew in each epoch.
+    A run may put it there after Lightning has made the loader and its iterator, so this is seen in each epoch when the
+    first batch is asked for.
     """
 
     @override
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         hidden = getattr(self.dataset, "hidden", None)
         self.pin_memory = self.pin_memory and (hidden is None or not hidden.is_cuda)
-        return super().__iter__()
+        yield from super().__iter__()
 
 
 class ResumableLoader(PinningLoader):

@@ -17,11 +17,13 @@ def row(method="dn2", normal="8", seed=0, data="Digits", shots=None):
     return Row(data, normal, method, seed, shots, words, f"{abs(hash((data, normal, method, seed, shots))):x}"[:8])
 
 
-def record(rows, one, score=None, label=None, kind=None, curve=((0, 0.5), (1, 0.6)), error=None):
+def record(rows, one, score=None, label=None, kind=None, curve=((0, 0.5), (1, 0.6)), error=None, warnings=()):
     """Write a row; its AUROC is that of the curve's end, whatever the scores say."""
     points = [] if error else list(curve)
     kinds = np.array(kind if kind is not None else np.where(label, "other", "own"))
-    found = Found(one, f"{len(kinds.ravel())} images", points, 1.5, [], "panda-lightning 0, here", error)
+    found = Found(
+        one, f"{len(kinds.ravel())} images", points, 1.5, [], "panda-lightning 0, here", error, warnings=list(warnings)
+    )
     path = rows.path(one)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not error:

@@ -21,7 +21,8 @@ def told(tmp_path):
     kind, label, score = drawn()
     plan = [row(m, n, data="CIFAR10") for m in ("dn2", "ewc") for n in (NASTY, "cat", "dog")]
     for place, one in enumerate(plan[:-2]):
-        record(rows, one, score + 0.2 * place * label, label, kind)
+        warned = [f"Training raises its loss: it is {place}."] if one.method == "dn2" else []
+        record(rows, one, score + 0.2 * place * label, label, kind, warnings=warned)
     record(rows, plan[-2], error="out of | memory")
     return rows, summary(rows, rows.read(), plan, lambda lacking: f"panda table {len(lacking)}")
 
@@ -48,6 +49,7 @@ def test_markdown_has_means_beside_published_figures_and_what_was_not_run(told):
     assert [line[2] for line in body][1:] == ["failed", "not run"]
     assert "- ewc: `panda table 2`" in text  # one failed, and one is not there
     assert "- CIFAR10, cat, ewc, seed 0: out of | memory" in text
+    assert "- CIFAR10, dn2, 3 runs, such as: Training raises its loss: it is 0." in text
     assert "| Transformaly, published |  |  |  | 98.3 (all classes) |" in text
     assert "panda-lightning 0, here" in text
 
@@ -68,6 +70,9 @@ def test_the_csv_has_a_line_a_run(told):
     lines = list(csv.DictReader(formats.as_csv(formats.lines(rows, rows.read())).splitlines()))
     assert len(lines) == 5
     failed = [line for line in lines if line["error"]]
+    assert {line["warnings"] for line in lines if line["normal_class"] == "dog"} == {
+        "Training raises its loss: it is 2."
+    }
     assert [(line["auroc"], line["error"]) for line in failed] == [("", "out of | memory")]
     assert {line["normal_class"] for line in lines} == {NASTY, "cat", "dog"}
     assert all(line["command"].startswith("lightning fit") for line in lines)

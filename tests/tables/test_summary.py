@@ -184,6 +184,19 @@ def test_what_is_lacking_has_its_command_and_what_failed_its_sentence(rows):
     assert told["failed"] == [{"data": "Digits", "normal": "c1", "method": "dn2", "seed": 0, "error": "no memory"}]
 
 
+def test_warnings_that_begin_alike_but_for_numbers_are_told_once_for_a_method(rows):
+    kind, label, score = drawn()
+    said = {"c0": ["AUROC covers 10 of 20: a.", "It rises: it is 1."], "c1": ["AUROC covers 9 of 20: b."], "c2": []}
+    for method in ("dn2", "ewc"):
+        for normal, warned in said.items():
+            record(rows, row(method, normal), score, label, kind, warnings=warned if method == "ewc" else warned[1:])
+    assert [tuple(one.values()) for one in summary(rows, rows.read(), None)["warnings"]] == [
+        ("Digits", "dn2", 1, "It rises: it is 1."),
+        ("Digits", "ewc", 2, "AUROC covers 10 of 20: a."),
+        ("Digits", "ewc", 1, "It rises: it is 1."),
+    ]
+
+
 def test_published_figures_stand_by_the_variant_whatever_its_name(rows):
     kind, label, score = drawn()
     named = replace(row("dn2", data="CIFAR10"), method="DN2, small network")

@@ -116,7 +116,12 @@ def _is_for_users(record: logging.LogRecord) -> bool:
     return "Tip:" not in said and not said.startswith(("TPU available: False", "`Trainer.fit` stopped: `max_epochs"))
 
 
+def is_ours(filename: str) -> bool:
+    """Whether a warning that comes from this file is a sentence of ours for users."""
+    return "panda_lightning" in Path(filename).parts
+
+
 def _in_a_line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of ours without the place in the code; any other with it."""
-    place = "" if "panda_lightning" in Path(filename).parts else f" ({filename}:{lineno})"
+    place = "" if is_ours(filename) else f" ({filename}:{lineno})"
     return f"{category.__name__ if place else 'warning'}: {message}{place}\n"

@@ -16,7 +16,8 @@ MANY = 5  # methods, beyond which Markdown compares only the first with the othe
 PAGE = Path(__file__).with_name("page.html")
 COLUMNS = (
     "data", "normal_class", "method", "seed", "shots", "auroc", "low", "high", "reliable", "average_precision",
-    "fpr_at_95_tpr", "auroc_at_0_epochs", "best_epoch_oracle", "epochs", "seconds", "made", "command", "error",
+    "fpr_at_95_tpr", "auroc_at_0_epochs", "best_epoch_oracle", "epochs", "seconds", "made", "command", "warnings",
+    "error",
 )  # fmt: skip
 HOW = (
     "AUROC in per cent. In brackets 95 % intervals over test images: DeLong's standard error, on the scale of logits; "
@@ -32,7 +33,7 @@ def lines(rows: Rows, found: Sequence[Found]) -> list[dict[str, Any]]:
         row = one.row
         line: dict[str, Any] = {"data": row.data, "normal_class": row.normal, "method": row.method, "seed": row.seed}
         line |= {"shots": row.shots, "seconds": round(one.seconds, 1), "made": one.made, "command": row.command}
-        line |= {"error": one.error}
+        line |= {"error": one.error, "warnings": " ".join(one.warnings) or None}
         if one.error is None:
             scored = Scored(rows, one)
             sure, own = uncertainty.interval(scored.score, scored.label), scored.measures()
@@ -72,6 +73,9 @@ def markdown(summary: Summary, how: str = HOW) -> str:
         failed = [f"- {', '.join(map(str, list(f.values())[:3]))}, seed {f['seed']}: {f['error']}"
                   for f in summary["failed"]]  # fmt: skip
         text += ["Failed (--again true runs them again):", "", *failed, ""]
+    if summary["warnings"]:
+        warned = [f"- {w['data']}, {w['method']}, {_runs(w['runs'])}: {w['said']}" for w in summary["warnings"]]
+        text += ["Warnings:", "", *warned, ""]
     made = f"Made by {'; '.join(summary['made'])}." if summary["made"] else "No runs yet."
     return "\n".join([*text, *([how, ""] if how else []), made])
 
@@ -87,6 +91,10 @@ def percent(told: dict[str, Any] | None, interval: bool = True, failed: bool = F
 
 def _optional(value: float | None, form: str = ".2f", scale: float = 100) -> str:
     return "" if value is None else format(scale * value, form)
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs, such as"
 
 
 def _p(value: float) -> str:

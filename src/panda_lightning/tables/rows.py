@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from typing_extensions import override
 
 from panda_lightning.callbacks import Report, SampleWiseEarlyStopping, SaveOnSignal
 from panda_lightning.cli import PandaCLI, run
-from panda_lightning.command.endings import refusal, silence
+from panda_lightning.command.endings import is_ours, refusal, silence
 from panda_lightning.command.parser import VERSION
 from panda_lightning.datamodules import AnomalyDataModule
 from panda_lightning.detectors import DN2, Detector
@@ -64,6 +65,7 @@ class Found:
         made: By which version, on what machine, and when.
         error: Why it failed.
         files: What the files held that its options name: a fingerprint by path.
+        warnings: What it warned of.
     """
 
     row: Row
@@ -74,6 +76,7 @@ class Found:
     made: str
     error: str | None = None
     files: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def auroc(self) -> float | None:
@@ -172,7 +175,7 @@ class Rows:
             with TemporaryDirectory() as folder:
                 log = Path(folder) / "log.txt"
                 try:
-                    with _logged(log, []):
+                    with _logged(log, [], []):
                         run([*row.words, "--trainer.logger=false"], _NotRun)
                 except (SystemExit, Exception) as failure:
                     if isinstance(failure, SystemExit) and failure.code != 2:  # a signal
@@ -206,12 +209,12 @@ class Rows:
         """Run it and write what came out, also for others of its group; of several processes, the first writes."""
         begin, error = time.monotonic(), None
         images, curves, extra, files = "", {row: list[tuple[float, float]]()}, 0.0, row.files()
-        log, work = self.folder / "runs" / row.name / "log.txt", list[Work]()
+        log, work, warned = self.folder / "runs" / row.name / "log.txt", list[Work](), list[str]()
         spent = log.with_name("seconds.txt")  # of earlier parts of a run that goes on
         before = float(spent.read_text("utf-8")) if spent.is_file() else 0.0
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with _logged(log, work), _own_wandb_run():
+            with _logged(log, work, warned), _own_wandb_run():
                 images, curves, extra = self._run(row, others)
         except SeveralDevicesError:
             return [self._made_apart(row, log, lock)]
@@ -229,7 +232,9 @@ class Rows:
         seconds = {one: extra / max(1, len(curves) - 1) for one in curves}
         seconds[row] = before + time.monotonic() - begin - extra
         return [  # its own row last: killed before it, the run goes on from its end, and writes the others again
-            self._write(Found(one, images, curves[one], seconds[one], work if one == row else [], made(), error, files))
+            self._write(
+                Found(one, images, curves[one], seconds[one], work if one == row else [], made(), error, files, warned)
+            )
             for one in reversed(curves)
         ]
 
@@ -443,15 +448,28 @@ def _own_wandb_run() -> Iterator[None]:
 
 
 @contextmanager
-def _logged(path: Path, work: list[Work]) -> Iterator[None]:
-    """What a run says goes to a file."""
+def _logged(path: Path, work: list[Work], warned: list[str]) -> Iterator[None]:
+    """What a run says goes to a file, and of it what is done for others too, and our warnings, to lists."""
     handler = _Collected(path, work)
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
+    show = warnings.showwarning
+
+    def shown(
+        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+    ) -> None:
+        warned.extend([str(message)] if is_ours(filename) else [])
+        show(message, category, filename, lineno, file, line)
+
     try:
-        with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(file))
+            stack.enter_context(redirect_stderr(file))
+            stack.enter_context(warnings.catch_warnings())  # what was said in one row is said in the next again
+            warnings.showwarning = shown
             yield
     finally:
         handler.close()

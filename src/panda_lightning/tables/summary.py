@@ -4,6 +4,7 @@ Everything is a plain dictionary, for JSON, that all outputs show. AUROCs are fr
 """
 
 import base64
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
@@ -80,8 +81,21 @@ def summary(
     made = list(dict.fromkeys(one.made for one in found))
     failed = [{**dict(zip(("data", "normal", "method", "seed"), one.row.place, strict=True)), "error": one.error}
               for one in found if one.error]  # fmt: skip
-    told = {"title": ", ".join(names), "made": made, "sets": sets, "failed": failed, "ranks": _over_sets(sets)}
+    told = {"title": ", ".join(names), "made": made, "sets": sets, "failed": failed, "warnings": _warnings(found),
+            "ranks": _over_sets(sets)}  # fmt: skip
     return {key: _steady(value) for key, value in told.items()}
+
+
+def _warnings(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """What runs warned of, once for all runs of a method whose sentences begin alike, but for numbers."""
+    alike: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for one in found:
+        for said in one.warnings:
+            alike[one.row.data, one.row.column, re.sub(r"[\d.]+", "", said.partition(":")[0])].append(said)
+    return [
+        {"data": data, "method": method, "runs": len(said), "said": said[0]}
+        for (data, method, _), said in alike.items()
+    ]
 
 
 def _steady(value: Any) -> Any:

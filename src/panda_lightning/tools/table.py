@@ -263,7 +263,8 @@ def _line(rows: Rows, found: Found) -> str:
     sure = uncertainty.interval(kept["score"], kept["label"])
     passed = sum(work.images for work in found.work if work.verb.startswith("passed"))
     worked = f", {passed} images through frozen layers" if passed else ""
-    return f"{head} {sure.value:.4f} [{sure.low:.4f}, {sure.high:.4f}] in {found.seconds:.1f} s{worked}"
+    warned = f", {len(found.warnings)} warning{'s' * (len(found.warnings) > 1)}" if found.warnings else ""
+    return f"{head} {sure.value:.4f} [{sure.low:.4f}, {sure.high:.4f}] in {found.seconds:.1f} s{worked}{warned}"
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------

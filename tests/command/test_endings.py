@@ -8,6 +8,7 @@ import warnings
 import pytest
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from panda_lightning.callbacks import health
 from panda_lightning.command.endings import Stderr, silence
 
 
@@ -45,7 +46,8 @@ def test_what_users_cannot_act_on_is_left_out(silent, monkeypatch):
 
 
 def test_a_warning_of_ours_is_a_line_without_a_place_in_the_code(silent):
-    ours = warnings.formatwarning("Training moved nothing.", UserWarning, "/x/panda_lightning/callbacks/health.py", 125)
+    ours = warnings.formatwarning("Training moved nothing.", UserWarning, health.__file__, 125)
     assert ours == "warning: Training moved nothing.\n"
-    theirs = warnings.formatwarning("Old.", DeprecationWarning, "/x/timm/models.py", 3)
-    assert theirs == "DeprecationWarning: Old. (/x/timm/models.py:3)\n"
+    place = "/x/panda_lightning/env/timm/models.py"  # in an environment inside a checkout
+    theirs = warnings.formatwarning("Old.", DeprecationWarning, place, 3)
+    assert theirs == f"DeprecationWarning: Old. ({place}:3)\n"

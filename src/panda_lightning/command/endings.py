@@ -118,7 +118,7 @@ def _is_for_users(record: logging.LogRecord) -> bool:
 
 def is_ours(filename: str) -> bool:
     """Whether a warning that comes from this file is a sentence of ours for users."""
-    return "panda_lightning" in Path(filename).parts
+    return Path(__file__).parents[1] in Path(filename).parents
 
 
 def _in_a_line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

@@ -88,12 +88,13 @@ def summary(
 
 def _warnings(found: Sequence[Found]) -> list[dict[str, Any]]:
     """What runs warned of, once for all runs of a method whose sentences begin alike, but for numbers."""
-    alike: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    alike: dict[tuple[str, str, str], dict[Row, str]] = defaultdict(dict)
     for one in found:
         for said in one.warnings:
-            alike[one.row.data, one.row.column, re.sub(r"[\d.]+", "", said.partition(":")[0])].append(said)
+            beginning = re.sub(r"[\d.]+", "", said.partition(":")[0])
+            alike[one.row.data, one.row.column, beginning].setdefault(one.row, said)
     return [
-        {"data": data, "method": method, "runs": len(said), "said": said[0]}
+        {"data": data, "method": method, "runs": len(said), "said": next(iter(said.values()))}
         for (data, method, _), said in alike.items()
     ]
 

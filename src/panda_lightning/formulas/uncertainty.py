@@ -341,7 +341,7 @@ def _mean(scores: Array, labels: Values) -> tuple[float, Array]:
 def _error(share: Array, groups: Indices) -> float:
     """Standard error of the sum of shares (N,) of images that were drawn within their groups."""
     size = np.bincount(groups)
-    if size.min() < 2:
+    if np.any(size < 2):
         return math.inf
     centred = share - (np.bincount(groups, share) / size)[groups]
     return math.sqrt(float((np.square(centred) * (size / (size - 1))[groups]).sum()))

@@ -81,7 +81,7 @@ def look(view: View, source: Source, mask: Path | None = None, extremes: bool = 
     except ERRORS as error:
         return Look(Facts(unreadable=_reason(source, error)))
     facts: dict[str, Any] = {"size": image.frame.size, "mode": image.mode, "turned": image.orientation != 1}
-    facts |= {"brightest": int(pixels.max()), "extremes": image.extremes if extremes else None}
+    facts |= {"brightest": int(np.max(pixels)), "extremes": image.extremes if extremes else None}
     if mask is None:
         return Look(Facts(**facts), pixels)
     try:
@@ -90,7 +90,7 @@ def look(view: View, source: Source, mask: Path | None = None, extremes: bool = 
         return Look(Facts(**facts, unreadable=f"its mask {mask.name}: {_reason(mask, error)}"))
     fitted, whole = view.fit_mask(picture), np.asarray(picture) > 0
     left, top, right, bottom = (max(0, round(edge)) for edge in view.box(picture.size))
-    kept = 1.0 if view.before else float(whole[top:bottom, left:right].sum() / max(1, whole.sum()))
+    kept = 1.0 if view.before else float(whole[top:bottom, left:right].sum() / max(1, int(whole.sum())))
     drawn = Drawn(float(whole.mean()), kept, bool(fitted.any()), stretched)
     return Look(Facts(**facts, drawn=drawn), pixels, fitted)
 

@@ -2,36 +2,32 @@
 
 FOLDER holds the rows of a `panda table` with DN2, and with "DN2, normalised" if methods are normalised. A point is the
 AUROC of a method less that of DN2 on the same images, both raw or both normalised; bars are DeLong's 95 % intervals for
-pairs. Methods that lack a class are left out.
+pairs. Methods that lack a class or see pixels alone are left out.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+from gains import WORD, Gains
 from matplotlib.figure import Figure
 
-from panda_lightning.formulas.uncertainty import difference
-from panda_lightning.tables.rows import Rows
-
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676")  # Okabe and Ito
-WORD = ", normalised"
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676", "#000000")  # Okabe and Ito
 
 
 def draw(folder: Path) -> None:
     """Draw the picture of a folder of rows."""
-    rows = Rows(folder)
-    kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in rows.read() if one.error is None}
-    classes = sorted({normal for _, normal in kept})
-    whole = sorted(
-        {column for column, _ in kept if all((column, normal) in kept for normal in classes)} - {"DN2", f"DN2{WORD}"}
-    )
+    gains = Gains(folder)
+    classes = gains.classes("DN2")
+    columns = sorted({column for column, _ in gains.kept} - {"DN2", f"DN2{WORD}"})
+    whole = [column for column in columns if gains.classes(column) == classes]
     names = sorted({column.removesuffix(WORD) for column in whole})
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, end in zip(figure.subplots(2, 1, sharex=True), ("", WORD), strict=True):
         columns = [column for column in whole if column.endswith(WORD) == bool(end)]
         for place, column in enumerate(columns):
-            gaps = [_gap(kept, column, f"DN2{end}", some) for some in (*([normal] for normal in classes), classes)]
+            places = (*([normal] for normal in classes), classes)
+            gaps = [gains.over(f"DN2{end}", column, some) for some in places]
             x = np.array([*range(len(classes)), len(classes) + 0.3]) + 0.14 * (place - (len(columns) - 1) / 2)
             value, low, high = (100 * np.array([getattr(gap, key) for gap in gaps]) for key in ("value", "low", "high"))
             ends = (value - low, high - value)
@@ -47,15 +43,6 @@ def draw(folder: Path) -> None:
     signs = {text: sign for axes in figure.axes for sign, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend([signs[name] for name in names], names, ncols=len(names), frameon=False, loc="outside upper center")
     figure.savefig(folder / "by_class.png", dpi=110)
-
-
-def _gap(kept, column, base, classes):
-    """DeLong's paired difference, of a class or of a mean over classes."""
-    mine, theirs = ([kept[name, normal] for normal in classes] for name in (column, base))
-    for one, other in zip(mine, theirs, strict=True):
-        assert (one["index"] == other["index"]).all()
-    one, other = (np.stack([own["score"] for own in side]).astype(np.float64) for side in (mine, theirs))
-    return difference(one, other, np.stack([own["label"] for own in mine]))
 
 
 if __name__ == "__main__":

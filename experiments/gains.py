@@ -1,0 +1,67 @@
+"""AUROCs less DN2's on the same images, from recorded rows: RESULTS.md's opening table and by_class.py's pictures."""
+
+from pathlib import Path
+
+import numpy as np
+
+from panda_lightning.formulas.uncertainty import Estimate, difference
+from panda_lightning.tables.rows import Rows
+
+WORD = ", normalised"
+RESULTS = Path(__file__).with_name("results")
+
+
+class Gains:
+    """Scores of the networks in a folder of `panda table`, by method and class."""
+
+    def __init__(self, folder: Path) -> None:
+        rows = Rows(folder)
+        whole = [one for one in rows.read() if one.error is None and "--model.inputs=pixels" not in one.row.words]
+        self.kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in whole}
+        self.aurocs = {(one.row.column, one.row.normal): one.curve[-1][1] for one in whole}
+
+    def classes(self, column: str) -> list[str]:
+        """The normal classes of a method's rows."""
+        return sorted(normal for name, normal in self.kept if name == column)
+
+    def mean(self, column: str, classes: list[str]) -> float:
+        """The last epochs' mean AUROC."""
+        return float(np.mean([self.aurocs[column, normal] for normal in classes]))
+
+    def over(self, base: str, column: str, classes: list[str]) -> Estimate:
+        """DeLong's paired difference, of a class or of a mean over classes that share their images."""
+        mine, theirs = ([self.kept[name, normal] for normal in classes] for name in (column, base))
+        for one, other in zip(mine, theirs, strict=True):
+            assert (one["index"] == other["index"]).all()
+        one, other = (np.stack([own["score"] for own in side]).astype(np.float64) for side in (mine, theirs))
+        return difference(one, other, np.stack([own["label"] for own in mine]))
+
+
+def table(lines: str) -> str:
+    """A Markdown table of the methods in the first line, with two rows for each other line.
+
+    Such a line is `data | folder | names | class`. Names are what the folder calls its methods, with {} for the method;
+    the class is for folders whose classes do not share their images. Both may be left out.
+    """
+    head, *others = ([part.strip() for part in line.split("|")] for line in lines.strip().splitlines())
+    rows = [["data", "features", "DN2", *head], ["---"] * (len(head) + 3)]
+    for data, folder, *rest in others:
+        gains, names, only = Gains(RESULTS / folder), rest[0] if rest and rest[0] else "{}", rest[1:]
+        for kind, end in (("raw", ""), ("normalised", WORD)):
+            base = names.format(f"DN2{end}")
+            classes = only or gains.classes(base)
+            start = f"{100 * gains.mean(base, classes):.2f}"
+            cells = [_cell(gains, base, names.format(name + end), classes) for name in head]
+            rows.append([data if not end else "", kind, start, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(gains: Gains, base: str, column: str, classes: list[str]) -> str:
+    there = [normal for normal in classes if (column, normal) in gains.kept]
+    if not there:
+        return "-"
+    gain = gains.over(base, column, there)
+    value, low, high = (100 * part for part in (gain.value, gain.low, gain.high))
+    text = f"**{value:+.1f}**" if low > 0 else f"{value:+.1f}"
+    whole = f"{100 * gains.mean(column, there):.2f}" if there == classes else f"{len(there)} of {len(classes)}"
+    return f"{whole}: {text} [{low:.1f}, {high:.1f}]"

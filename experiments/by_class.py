@@ -25,13 +25,14 @@ def draw(folder: Path) -> None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, end in zip(figure.subplots(2, 1, sharex=True), ("", WORD), strict=True):
         columns = [column for column in whole if column.endswith(WORD) == bool(end)]
-        for place, column in enumerate(columns):
+        for column in columns:
+            name = column.removesuffix(WORD)
             places = (*([normal] for normal in classes), classes)
             gaps = [gains.over(f"DN2{end}", column, some) for some in places]
-            x = np.array([*range(len(classes)), len(classes) + 0.3]) + 0.14 * (place - (len(columns) - 1) / 2)
+            beside = min(0.14, 0.8 / len(names)) * (names.index(name) - (len(names) - 1) / 2)
+            x = np.array([*range(len(classes)), len(classes) + 0.3]) + beside
             value, low, high = (100 * np.array([getattr(gap, key) for gap in gaps]) for key in ("value", "low", "high"))
             ends = (value - low, high - value)
-            name = column.removesuffix(WORD)
             axes.errorbar(x, value, ends, fmt="o", ms=4, lw=1.2, color=COLOURS[names.index(name)], label=name)
         axes.axhline(0, color="black", lw=0.8)
         axes.axvline(len(classes) - 0.35, color="grey", lw=0.8, ls=":")
@@ -41,7 +42,8 @@ def draw(folder: Path) -> None:
         axes.set_ylabel("AUROC less DN2's, points")
         axes.grid(axis="y", alpha=0.25)
     signs = {text: sign for axes in figure.axes for sign, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend([signs[name] for name in names], names, ncols=len(names), frameon=False, loc="outside upper center")
+    handles = [signs[name] for name in names]
+    figure.legend(handles, names, ncols=min(len(names), 5), frameon=False, loc="outside upper center")
     figure.savefig(folder / "by_class.png", dpi=110)
 
 

@@ -18,7 +18,7 @@ from panda_lightning.tables.rows import Rows
 from panda_lightning.tools import table
 
 PAGE = Path(__file__).with_name("RESULTS.md")
-BLOCK = re.compile(r"<!-- (panda table|gains)\b(.*?) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (panda table|gains)\b(.*?\s)-->\n.*?<!-- end -->", re.DOTALL)
 DETAILS = re.compile(r"(?<=\n\n)\| normal class \|.*?(?=\n\n(?:Failed|Not run:|Made by))", re.DOTALL)
 FOLDED = "<details markdown>\n<summary>By class, by pair, by kind of anomaly</summary>\n\n{}\n\n</details>"
 
@@ -26,8 +26,8 @@ FOLDED = "<details markdown>\n<summary>By class, by pair, by kind of anomaly</su
 def block(found: re.Match[str]) -> str:
     """A block as the rows say."""
     kind, words = found.groups()
-    text = gains.table(words) if kind == "gains" else of_study(kind + words)
-    return f"<!-- {kind}{words} -->\n\n{text}\n\n<!-- end -->"
+    text = gains.table(words) if kind == "gains" else of_study((kind + words).strip())
+    return f"<!-- {kind}{words}-->\n\n{text}\n\n<!-- end -->"
 
 
 def of_study(command: str) -> str:

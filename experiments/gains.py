@@ -40,18 +40,20 @@ class Gains:
 def table(lines: str) -> str:
     """A Markdown table of the methods in the first line, with two rows for each other line.
 
-    Such a line is `data | folder | names | class`. Names are what the folder calls its methods, with {} for the method;
-    the class is for folders whose classes do not share their images. Both may be left out.
+    A method may have a heading: `method: heading`. Another line is `data | folder | names | class`: names are what the
+    folder calls its methods, with {} for the method; the class is for folders whose classes do not share their images.
+    Both may be left out.
     """
     head, *others = ([part.strip() for part in line.split("|")] for line in lines.strip().splitlines())
-    rows = [["data", "features", "DN2", *head], ["---"] * (len(head) + 3)]
+    methods = [part.partition(": ")[0] for part in head]
+    rows = [["data", "features", "DN2", *(part.partition(": ")[2] or part for part in head)], ["---"] * (len(head) + 3)]
     for data, folder, *rest in others:
         gains, names, only = Gains(RESULTS / folder), rest[0] if rest and rest[0] else "{}", rest[1:]
         for kind, end in (("raw", ""), ("normalised", WORD)):
             base = names.format(f"DN2{end}")
             classes = only or gains.classes(base)
             start = f"{100 * gains.mean(base, classes):.2f}"
-            cells = [_cell(gains, base, names.format(name + end), classes) for name in head]
+            cells = [_cell(gains, base, names.format(name + end), classes) for name in methods]
             rows.append([data if not end else "", kind, start, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -63,5 +65,5 @@ def _cell(gains: Gains, base: str, column: str, classes: list[str]) -> str:
     gain = gains.over(base, column, there)
     value, low, high = (100 * part for part in (gain.value, gain.low, gain.high))
     text = f"**{value:+.1f}**" if low > 0 else f"{value:+.1f}"
-    whole = f"{100 * gains.mean(column, there):.2f}" if there == classes else f"{len(there)} of {len(classes)}"
-    return f"{whole}: {text} [{low:.1f}, {high:.1f}]"
+    some = "" if there == classes else f" ({len(there)} of {len(classes)})"
+    return f"{100 * gains.mean(column, there):.2f}{some}: {text} [{low:.1f}, {high:.1f}]"

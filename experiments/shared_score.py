@@ -44,10 +44,10 @@ def auroc(scores, labels):
 
 def lengths(root, network):
     """Euclidean lengths of the frozen features of the test images, in the order of their index."""
-    data = CIFAR10(root, normal_class="airplane", image_size=SIDE, crop="squash")
+    backbone = Backbone.pretrained(network).eval()
+    data = CIFAR10(root, normal_class="airplane", image_size=SIDE, crop="squash", interpolation=backbone.interpolation)
     data.prepare_data()
     data.setup("test")
-    backbone = Backbone.pretrained(network).eval()
     found = {}
     with torch.inference_mode():
         for batch in data.test_dataloader():

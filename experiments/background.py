@@ -1,0 +1,64 @@
+"""DN2 beside a bank of other pictures, untrained: python experiments/background.py DATA OUTLIERS NETWORK [CLASS ...].
+
+DATA is the folder of CIFAR-10, OUTLIERS an .npy of tiny_outliers.py, NETWORK a backbone. A score is the log distance to
+the normal images, or that less the log distance to the outliers: what both banks say alike, such as that an image has
+long features, cancels. Printed: AUROC in per cent by class, with raw features and with those of unit length; 112 px.
+"""
+
+import sys
+import warnings
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.nn.functional import normalize
+
+from panda_lightning import Backbone
+from panda_lightning.datamodules import CIFAR10
+from panda_lightning.pictures.view import View
+
+SIDE, K = 112, 2
+
+
+def features(backbone, batches):
+    """Features (N, D) and labels (N,), in the order of the batches."""
+    with torch.inference_mode():
+        found = [(backbone(images), labels) for images, labels in batches]
+    return torch.cat([feature for feature, _ in found]), torch.cat([label for _, label in found]).numpy()
+
+
+def pictures(path, view):
+    """The outliers in batches, as the network sees images."""
+    images = np.load(path)
+    for start in range(0, len(images), 64):
+        batch = [torch.from_numpy(view(image).copy()) for image in images[start : start + 64]]
+        yield torch.stack(batch), torch.ones(len(batch))
+
+
+def distance(queries, bank):
+    """The log of the mean squared distance to the K nearest."""
+    parts = [torch.cdist(part, bank.double()).topk(K, largest=False).values for part in queries.double().split(500)]
+    return torch.cat(parts).square().mean(1).log().numpy()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    root, outliers, network, *classes = sys.argv[1:]
+    backbone = Backbone.pretrained(network).eval()
+    other, _ = features(backbone, pictures(outliers, View(SIDE, "squash", SIDE, backbone.interpolation)))
+    test = None
+    print("| normal class | DN2 | less outliers | DN2, normalised | less outliers, normalised |\n|---|---|---|---|---|")
+    for normal in classes or CIFAR10.classes:
+        data = CIFAR10(root, normal_class=normal, image_size=SIDE, crop="squash", interpolation=backbone.interpolation)
+        data.prepare_data()
+        data.setup("fit")
+        loaders = (data.normal_dataloader(), data.test_dataloader())
+        bank, _ = features(backbone, ((batch["image"], batch["label"]) for batch in loaders[0]))
+        if test is None:
+            test, _ = features(backbone, ((batch["image"], batch["label"]) for batch in loaders[1]))
+        label = torch.cat([batch["label"] for batch in loaders[1]]).numpy()
+        cells = []
+        for space in (lambda x: x, normalize):
+            own, common = distance(space(test), space(bank)), distance(space(test), space(other))
+            cells += [f"{100 * roc_auc_score(label, score):.2f}" for score in (own, own - common)]
+        print(f"| {normal} | {' | '.join(cells)} |", flush=True)

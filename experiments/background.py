@@ -2,7 +2,8 @@
 
 DATA is the folder of CIFAR-10, OUTLIERS an .npy of tiny_outliers.py, NETWORK a backbone. A score is the log distance to
 the normal images, or that less the log distance to the outliers: what both banks say alike, such as that an image has
-long features, cancels. Printed: AUROC in per cent by class, with raw features and with those of unit length; 112 px.
+long features, cancels. Printed: AUROC in per cent by class and in the mean, with raw features and with those of unit
+length, at 112 px; and what the outliers add, with DeLong's paired 95 % interval.
 """
 
 import sys
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 
 from panda_lightning import Backbone
 from panda_lightning.datamodules import CIFAR10
+from panda_lightning.formulas.uncertainty import difference
 from panda_lightning.pictures.view import View
 
 SIDE, K = 112, 2
@@ -46,7 +48,7 @@ if __name__ == "__main__":
     root, outliers, network, *classes = sys.argv[1:]
     backbone = Backbone.pretrained(network).eval()
     other, _ = features(backbone, pictures(outliers, View(SIDE, "squash", SIDE, backbone.interpolation)))
-    test = None
+    test, scores, labels = None, [], []
     print("| normal class | DN2 | less outliers | DN2, normalised | less outliers, normalised |\n|---|---|---|---|---|")
     for normal in classes or CIFAR10.classes:
         data = CIFAR10(root, normal_class=normal, image_size=SIDE, crop="squash", interpolation=backbone.interpolation)
@@ -57,8 +59,16 @@ if __name__ == "__main__":
         if test is None:
             test, _ = features(backbone, ((batch["image"], batch["label"]) for batch in loaders[1]))
         label = torch.cat([batch["label"] for batch in loaders[1]]).numpy()
-        cells = []
+        found = []
         for space in (lambda x: x, normalize):
             own, common = distance(space(test), space(bank)), distance(space(test), space(other))
-            cells += [f"{100 * roc_auc_score(label, score):.2f}" for score in (own, own - common)]
-        print(f"| {normal} | {' | '.join(cells)} |", flush=True)
+            found += [own, own - common]
+        scores.append(found)
+        labels.append(label)
+        print(f"| {normal} | {' | '.join(f'{100 * roc_auc_score(label, score):.2f}' for score in found)} |", flush=True)
+    table, known = np.stack(scores, 1), np.stack(labels)
+    means = (np.mean([roc_auc_score(*pair) for pair in zip(known, kind, strict=True)]) for kind in table)
+    print(f"| mean | {' | '.join(f'{100 * mean:.2f}' for mean in means)} |")
+    for name, place in (("raw", 0), ("normalised", 2)):
+        gain = difference(table[place + 1], table[place], known)
+        print(f"{name}: {100 * gain.value:+.2f} [{100 * gain.low:.2f}, {100 * gain.high:.2f}]")

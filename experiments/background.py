@@ -23,18 +23,16 @@ SIDE, K = 112, 2
 
 
 def features(backbone, batches):
-    """Features (N, D) and labels (N,), in the order of the batches."""
+    """Features (N, D), in the order of the batches."""
     with torch.inference_mode():
-        found = [(backbone(images), labels) for images, labels in batches]
-    return torch.cat([feature for feature, _ in found]), torch.cat([label for _, label in found]).numpy()
+        return torch.cat([backbone(batch["image"]) for batch in batches])
 
 
 def pictures(path, view):
     """The outliers in batches, as the network sees images."""
     images = np.load(path)
     for start in range(0, len(images), 64):
-        batch = [torch.from_numpy(view(image).copy()) for image in images[start : start + 64]]
-        yield torch.stack(batch), torch.ones(len(batch))
+        yield {"image": torch.stack([torch.from_numpy(view(image).copy()) for image in images[start : start + 64]])}
 
 
 def distance(queries, bank):
@@ -47,18 +45,16 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     root, outliers, network, *classes = sys.argv[1:]
     backbone = Backbone.pretrained(network).eval()
-    other, _ = features(backbone, pictures(outliers, View(SIDE, "squash", SIDE, backbone.interpolation)))
+    other = features(backbone, pictures(outliers, View(SIDE, "squash", SIDE, backbone.interpolation)))
     test, scores, labels = None, [], []
     print("| normal class | DN2 | less outliers | DN2, normalised | less outliers, normalised |\n|---|---|---|---|---|")
     for normal in classes or CIFAR10.classes:
         data = CIFAR10(root, normal_class=normal, image_size=SIDE, crop="squash", interpolation=backbone.interpolation)
         data.prepare_data()
         data.setup("fit")
-        loaders = (data.normal_dataloader(), data.test_dataloader())
-        bank, _ = features(backbone, ((batch["image"], batch["label"]) for batch in loaders[0]))
-        if test is None:
-            test, _ = features(backbone, ((batch["image"], batch["label"]) for batch in loaders[1]))
-        label = torch.cat([batch["label"] for batch in loaders[1]]).numpy()
+        bank = features(backbone, data.normal_dataloader())
+        test = features(backbone, data.test_dataloader()) if test is None else test
+        label = torch.cat([batch["label"] for batch in data.test_dataloader()]).numpy()
         found = []
         for space in (lambda x: x, normalize):
             own, common = distance(space(test), space(bank)), distance(space(test), space(other))

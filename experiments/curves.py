@@ -10,12 +10,11 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from gains import WORD
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from panda_lightning.tables.rows import Rows
-
-WORD = ", normalised"
 
 
 def draw(folder: Path) -> None:

@@ -18,6 +18,7 @@ class Gains:
         rows = Rows(folder)
         whole = [one for one in rows.read() if one.error is None and "--model.inputs=pixels" not in one.row.words]
         self.kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in whole}
+        assert len(self.kept) == len(whole), f"{folder} holds several seeds: this takes one"
         self.aurocs = {(one.row.column, one.row.normal): one.curve[-1][1] for one in whole}
 
     def classes(self, column: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Outliers for CIFAR-10 from Tiny-ImageNet: python experiments/tiny_outliers.py TINY OUT [--all].
+"""Outliers from Tiny-ImageNet: python experiments/tiny_outliers.py TINY OUT [LIST.yaml | --all].
 
-TINY holds a folder a synset. Those that studies/cifar10_synsets.yaml names show a class of CIFAR-10: only --all takes
-them too. OUT becomes a folder of links; or, if it ends in .npy, an array of the pictures at 32 px, as small as
-CIFAR-10's: else a detector may learn that outliers are the sharper pictures.
+TINY holds a folder a synset. Those that LIST names, by default studies/cifar10_synsets.yaml, show a class of the test
+images: only --all takes them too. OUT becomes a folder of links; or, if it ends in .npy, an array of the pictures at
+32 px, as small as CIFAR's: else a detector may learn that outliers are the sharper pictures.
 """
 
 import sys
@@ -14,8 +14,9 @@ from PIL import Image
 
 if __name__ == "__main__":
     tiny, out = (Path(word) for word in sys.argv[1:3])
-    named = yaml.safe_load(Path(__file__).with_name("studies").joinpath("cifar10_synsets.yaml").read_text("utf-8"))
-    shared = set() if "--all" in sys.argv[3:] else {synset for synsets in named.values() for synset in synsets}
+    (which,) = sys.argv[3:] or [Path(__file__).with_name("studies") / "cifar10_synsets.yaml"]
+    named = {} if which == "--all" else yaml.safe_load(Path(which).read_text("utf-8"))
+    shared = {synset for synsets in named.values() for synset in synsets}
     folders = [folder for folder in sorted(tiny.resolve().glob("n*")) if folder.name not in shared]
     if out.suffix == ".npy":
         files = [path for folder in folders for path in sorted(folder.rglob("*.JPEG"))]

@@ -1,6 +1,7 @@
 """AUROCs less DN2's on the same images, from recorded rows: RESULTS.md's opening table and by_class.py's pictures."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,18 @@ RESULTS = Path(__file__).with_name("results")
 
 
 class Gains:
-    """Scores of the networks in a folder of `panda table`, by method and class."""
+    """Scores of networks in folders of `panda table`, by method and class; the first folder with such a row counts."""
 
-    def __init__(self, folder: Path) -> None:
-        rows = Rows(folder)
-        whole = [one for one in rows.read() if one.error is None and "--model.inputs=pixels" not in one.row.words]
-        self.kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in whole}
-        assert len(self.kept) == len(whole), f"{folder} holds several seeds: this takes one"
-        self.aurocs = {(one.row.column, one.row.normal): one.curve[-1][1] for one in whole}
+    def __init__(self, *folders: Path) -> None:
+        self.kept: dict[tuple[str, str], dict[str, Any]] = {}
+        self.aurocs: dict[tuple[str, str], float] = {}
+        for folder in reversed(folders):
+            rows = Rows(folder)
+            whole = [one for one in rows.read() if one.error is None and "--model.inputs=pixels" not in one.row.words]
+            kept = {(one.row.column, one.row.normal): rows.scores(one.row) for one in whole}
+            assert len(kept) == len(whole), f"{folder} holds several seeds: this takes one"
+            self.kept.update(kept)
+            self.aurocs.update({(one.row.column, one.row.normal): one.curve[-1][1] for one in whole})
 
     def classes(self, column: str) -> list[str]:
         """The normal classes of a method's rows."""
@@ -43,13 +48,14 @@ def table(lines: str) -> str:
 
     A method may have a heading: `method: heading`. Another line is `data | folder | names | class`: names are what the
     folder calls its methods, with {} for the method; the class is for folders whose classes do not share their images.
-    Both may be left out.
+    Both may be left out. Methods in several folders: `folder + folder`.
     """
     head, *others = ([part.strip() for part in line.split("|")] for line in lines.strip().splitlines())
     methods = [part.partition(": ")[0] for part in head]
     rows = [["data", "features", "DN2", *(part.partition(": ")[2] or part for part in head)], ["---"] * (len(head) + 3)]
     for data, folder, *rest in others:
-        gains, names, only = Gains(RESULTS / folder), rest[0] if rest and rest[0] else "{}", rest[1:]
+        gains = Gains(*(RESULTS / name.strip() for name in folder.split("+")))
+        names, only = rest[0] if rest and rest[0] else "{}", rest[1:]
         for kind, end in (("raw", ""), ("normalised", WORD)):
             base = names.format(f"DN2{end}")
             classes = only or gains.classes(base)

@@ -559,6 +559,7 @@ def refusal(run, capsys, *words: object) -> str:
         (["--trainer.gradient_clip_val=1"], "set model.grad_clip"),
         (["--data.resize=3"], "resize=3 is smaller than image_size=32"),
         (["--model.adapt_stages=0"], "adapt_stages=0 is not allowed: choose a whole number, 1 or more"),
+        (["--model.schedule=soon"], r"expected float, or one of \['published'\]. Got value: soon"),
         (["--data.crop=centre"], r"expected one of \['center', 'squash', 'none'\]. Got value: centre"),
         (["--model=PANDAA"], "PANDAA. Available are the detectors .*DN2, .*PANDA.* and the data sets .*CIFAR10"),
     ],

@@ -132,6 +132,7 @@ class OneSentenceParser(LightningArgumentParser):
         sentence = re.sub(
             r"expected int,? Expected a tuple with (\d) elements", r"expected int, or a list of \1", sentence
         )
+        sentence = re.sub(r"expected float(\. Got value: \w+)? expected one of", "expected float, or one of", sentence)
         if "is not accepted" in sentence:  # this parser is then that of the class itself
             accepted = ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
             first = "Put --config FILE, or --data CLASS and --model CLASS, before it"

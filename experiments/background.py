@@ -1,9 +1,10 @@
-"""DN2 beside a bank of other pictures, untrained: python experiments/background.py DATA OUTLIERS NETWORK [CLASS ...].
+"""DN2 beside a bank of other pictures, untrained: python experiments/background.py NAME DATA OUTLIERS NETWORK SIDE.
 
-DATA is the folder of CIFAR-10, OUTLIERS an .npy of tiny_outliers.py, NETWORK a backbone. A score is the log distance to
-the normal images, or that less the log distance to the outliers: what both banks say alike, such as that an image has
-long features, cancels. Printed: AUROC in per cent by class and in the mean, with raw features and with those of unit
-length, at 112 px; and what the outliers add, with DeLong's paired 95 % interval.
+NAME is a DataModule whose classes share their test images, DATA its root, OUTLIERS what data.outliers takes, NETWORK a
+backbone, SIDE pixels; normal classes may follow. A score is the log distance to the normal images, or that less the log
+distance to the outliers: what both banks say alike, such as that an image has long features, cancels. Printed: AUROC in
+per cent by class and in the mean, with raw features and with those of unit length; and what the outliers add, with
+DeLong's paired 95 % interval.
 """
 
 import sys
@@ -14,25 +15,16 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 
-from panda_lightning import Backbone
-from panda_lightning.datamodules import CIFAR10
+from panda_lightning import Backbone, datamodules
 from panda_lightning.formulas.uncertainty import difference
-from panda_lightning.pictures.view import View
 
-SIDE, K = 112, 2
+K = 2
 
 
 def features(backbone, batches):
     """Features (N, D), in the order of the batches."""
     with torch.inference_mode():
         return torch.cat([backbone(batch["image"]) for batch in batches])
-
-
-def pictures(path, view):
-    """The outliers in batches, as the network sees images."""
-    images = np.load(path)
-    for start in range(0, len(images), 64):
-        yield {"image": torch.stack([torch.from_numpy(view(image).copy()) for image in images[start : start + 64]])}
 
 
 def distance(queries, bank):
@@ -43,17 +35,19 @@ def distance(queries, bank):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    root, outliers, network, *classes = sys.argv[1:]
+    name, root, outliers, network, side, *classes = sys.argv[1:]
+    kind = getattr(datamodules, name)
     backbone = Backbone.pretrained(network).eval()
-    other = features(backbone, pictures(outliers, View(SIDE, "squash", SIDE, backbone.interpolation)))
+    view = {"image_size": int(side), "crop": "squash", "interpolation": backbone.interpolation}
     test, scores, labels = None, [], []
     print("| normal class | DN2 | less outliers | DN2, normalised | less outliers, normalised |\n|---|---|---|---|---|")
-    for normal in classes or CIFAR10.classes:
-        data = CIFAR10(root, normal_class=normal, image_size=SIDE, crop="squash", interpolation=backbone.interpolation)
+    for normal in classes or kind.classes:
+        data = kind(root, normal_class=normal, outliers=outliers, **view)
         data.prepare_data()
         data.setup("fit")
         bank = features(backbone, data.normal_dataloader())
-        test = features(backbone, data.test_dataloader()) if test is None else test
+        if test is None:
+            test, other = (features(backbone, part) for part in (data.test_dataloader(), data.outlier_dataloader()))
         label = torch.cat([batch["label"] for batch in data.test_dataloader()]).numpy()
         found = []
         for space in (lambda x: x, normalize):
@@ -63,8 +57,8 @@ if __name__ == "__main__":
         labels.append(label)
         print(f"| {normal} | {' | '.join(f'{100 * roc_auc_score(label, score):.2f}' for score in found)} |", flush=True)
     table, known = np.stack(scores, 1), np.stack(labels)
-    means = (np.mean([roc_auc_score(*pair) for pair in zip(known, kind, strict=True)]) for kind in table)
+    means = (np.mean([roc_auc_score(*pair) for pair in zip(known, scored, strict=True)]) for scored in table)
     print(f"| mean | {' | '.join(f'{100 * mean:.2f}' for mean in means)} |")
-    for name, place in (("raw", 0), ("normalised", 2)):
+    for space, place in (("raw", 0), ("normalised", 2)):
         gain = difference(table[place + 1], table[place], known)
-        print(f"{name}: {100 * gain.value:+.2f} [{100 * gain.low:.2f}, {100 * gain.high:.2f}]")
+        print(f"{space}: {100 * gain.value:+.2f} [{100 * gain.low:.2f}, {100 * gain.high:.2f}]")

@@ -1,6 +1,7 @@
 import io
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ def test_sources(tmp_path, folder):
     mapped = read_outliers(str(tmp_path / "300K_random_images.npy"), DATASETS)
     assert isinstance(mapped.sources, np.memmap)  # not loaded
     np.testing.assert_array_equal(mapped.sources, pixels)
+    torch.set_warn_always(True)  # of arrays that are not writable, too
+    with warnings.catch_warnings(action="error"):
+        mapped.fingerprint(tmp_path)
+    torch.set_warn_always(False)
     make_cifar10(tmp_path)
     assert len(read_outliers(f"CIFAR10:{tmp_path}", DATASETS)) == 50
 

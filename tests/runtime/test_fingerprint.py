@@ -45,6 +45,7 @@ def test_equal_values_have_one_fingerprint_wherever_they_lie():
     assert one is not other  # both live: nothing was named by its address
     assert fingerprint(Pictures(pixels[:256]), Pictures(pixels[256:])) != fingerprint(one)
     assert fingerprint(rows.t().contiguous().t().requires_grad_()) == fingerprint(rows)
+    assert fingerprint(rows.numpy()) == fingerprint(rows.numpy().T.copy().T) == fingerprint(rows)
     assert fingerprint(("a", [1])) == fingerprint(["a", (1,)])
     assert fingerprint(rows, {"a": 1}) != fingerprint(rows, {"a": 2})
 

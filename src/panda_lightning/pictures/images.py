@@ -86,7 +86,7 @@ class Images:
         if (root, times) in self.fingerprints:
             return self.fingerprints[root, times]
         if isinstance(self.sources, np.ndarray) or (len(self) and not isinstance(self.sources[0], Path)):
-            found = fingerprint(*(torch.from_numpy(np.ascontiguousarray(source)) for source in self.sources))
+            found = fingerprint(*map(np.asarray, self.sources))
         else:
             files = self.sources if isinstance(self.sources, Files) else Files.of(self.sources)
             masks = [None if mask is None else (str(mask), mask.stat().st_mtime_ns) for mask in self.masks or ()]

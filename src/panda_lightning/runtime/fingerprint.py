@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,8 @@ def fingerprint(*parts: Any) -> str:
     """Sixteen hexadecimal digits made of all that is given.
 
     Args:
-        parts: Tensors, by type, shape and bytes; data sets, by the pixels of their ``pictures``; mappings and sequences
-            of such; iterators of bytes as these come; anything else by its ``repr``.
+        parts: Tensors and arrays, by type, shape and bytes; data sets, by the pixels of their ``pictures``; mappings
+            and sequences of such; iterators of bytes as these come; anything else by its ``repr``.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -27,6 +28,9 @@ def _pieces(part: Any) -> Iterable[bytes]:
     if isinstance(part, Tensor):
         yield f"{part.dtype} {tuple(part.shape)}".encode()
         yield part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(part, np.ndarray):  # as a tensor, which a file that is mapped for reading alone would not become
+        yield f"torch.{part.dtype} {part.shape}".encode()
+        yield part.tobytes()
     elif isinstance(part, Mapping):
         yield f"{len(part)} by name".encode()
         for name, value in part.items():

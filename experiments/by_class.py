@@ -13,6 +13,7 @@ from gains import WORD, Gains
 from matplotlib.figure import Figure
 
 COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676", "#000000")  # Okabe and Ito
+COLOURS += ("#882255", "#999933")  # Tol
 
 
 def draw(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from panda_lightning import Backbone, datamodules
 from panda_lightning.formulas.uncertainty import difference
 
-K = 2
+K, SPACES = 2, (torch.nn.Identity(), normalize)
 
 
 def features(backbone, batches):
@@ -48,11 +48,12 @@ if __name__ == "__main__":
         bank = features(backbone, data.normal_dataloader())
         if test is None:
             test, other = (features(backbone, part) for part in (data.test_dataloader(), data.outlier_dataloader()))
+            common = [distance(space(test), space(other)) for space in SPACES]
         label = torch.cat([batch["label"] for batch in data.test_dataloader()]).numpy()
         found = []
-        for space in (lambda x: x, normalize):
-            own, common = distance(space(test), space(bank)), distance(space(test), space(other))
-            found += [own, own - common]
+        for space, outlying in zip(SPACES, common, strict=True):
+            own = distance(space(test), space(bank))
+            found += [own, own - outlying]
         scores.append(found)
         labels.append(label)
         print(f"| {normal} | {' | '.join(f'{100 * roc_auc_score(label, score):.2f}' for score in found)} |", flush=True)

@@ -12,8 +12,8 @@ import numpy as np
 from gains import WORD, Gains
 from matplotlib.figure import Figure
 
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676", "#000000")  # Okabe and Ito
-COLOURS += ("#882255", "#999933")  # Tol
+OKABE_ITO = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#767676", "#000000")
+COLOURS = (*OKABE_ITO, "#882255", "#999933")  # two of Tol's
 
 
 def draw(folder: Path) -> None:

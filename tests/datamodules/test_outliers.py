@@ -23,17 +23,17 @@ def images(pictures):
     return Images(np.stack([np.asarray(p) for p in pictures]), np.zeros(len(pictures), dtype=np.int64))
 
 
-def test_sources(tmp_path, folder):
+def test_sources(tmp_path, folder, request):
     assert len(read_outliers(str(folder), DATASETS)) == 24
     pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "300K_random_images.npy", pixels)
     mapped = read_outliers(str(tmp_path / "300K_random_images.npy"), DATASETS)
     assert isinstance(mapped.sources, np.memmap)  # not loaded
     np.testing.assert_array_equal(mapped.sources, pixels)
+    request.addfinalizer(lambda: torch.set_warn_always(False))
     torch.set_warn_always(True)  # of arrays that are not writable, too
     with warnings.catch_warnings(action="error"):
         mapped.fingerprint(tmp_path)
-    torch.set_warn_always(False)
     make_cifar10(tmp_path)
     assert len(read_outliers(f"CIFAR10:{tmp_path}", DATASETS)) == 50
 

@@ -129,10 +129,8 @@ class OneSentenceParser(LightningArgumentParser):
         ):
             sentence = sentence.replace(theirs, ours)
         sentence = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", sentence)
-        sentence = re.sub(
-            r"expected int,? Expected a tuple with (\d) elements", r"expected int, or a list of \1", sentence
-        )
-        sentence = re.sub(r"expected float(\. Got value: \w+)? expected one of", "expected float, or one of", sentence)
+        sentence = re.sub(r"Expected a tuple with (\d) elements", r"expected a list of \1", sentence)
+        sentence = re.sub(r"(expected \w+)(?:,|\. Got value: \w+)? expected ", r"\1, or ", sentence)  # of a union
         if "is not accepted" in sentence:  # this parser is then that of the class itself
             accepted = ", ".join(a.dest for a in self._actions if a.dest not in ("help", "config"))
             first = "Put --config FILE, or --data CLASS and --model CLASS, before it"
